@@ -1,0 +1,50 @@
+"""What colour alone gives away: classifiers on whole-image colour statistics, no network.
+
+A network that does not beat these has shown nothing about cells.
+"""
+
+import numpy as np
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+
+from data import Images
+from metrics import wilson
+from splits import Split
+
+STRIP = 0.12  # share of the height cut off below: the burnt-in scale bar stands there
+
+
+def colour_statistics(pixels: np.ndarray, kind: str, cut_strip: bool = False) -> np.ndarray:
+    """float32 [n, 3] (`means` of R, G, B) or [n, 21] (`statistics`: of each channel the mean,
+    the standard deviation and the 5, 25, 50, 75, 95 % quantiles). pixels: uint8 [n, H, W, 3]."""
+    height = pixels.shape[1] - round(STRIP * pixels.shape[1]) * cut_strip
+    rows = []
+    for image in pixels[:, :height]:
+        flat = image.reshape(-1, 3).astype(np.float32)
+        row = [flat.mean(0)]
+        if kind == "statistics":
+            row += [flat.std(0), *np.percentile(flat, (5, 25, 50, 75, 95), axis=0)]
+        rows.append(np.concatenate(row))
+    return np.array(rows, dtype=np.float32)
+
+
+def colour_only(images: Images, split: Split) -> list[dict]:
+    """Accuracy with Wilson interval on validation and test, a row per statistics and classifier.
+
+    Fitted on the training part, features standardised there; RBF SVM with C = 10, gamma "scale".
+    """
+    pixels, labels = images.pixels.permute(0, 2, 3, 1).cpu().numpy(), images.labels.numpy()
+    rows = []
+    for kind, cut in (("means", False), ("statistics", False), ("statistics", True)):
+        x = colour_statistics(pixels, kind, cut)
+        for name, classifier in (("1-nn", KNeighborsClassifier(1)), ("rbf-svm", SVC(C=10))):
+            fitted = make_pipeline(StandardScaler(), classifier)
+            fitted.fit(x[split["train"]], labels[split["train"]])
+            row = {"features": kind, "strip": "cut" if cut else "included", "classifier": name}
+            for part in ("val", "test"):
+                correct = fitted.predict(x[split[part]]) == labels[split[part]]
+                row[part] = wilson(int(correct.sum()), len(correct))
+            rows.append(row)
+    return rows

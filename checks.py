@@ -1,0 +1,65 @@
+"""Bad input becomes one clear line on stderr and exit code 2: the error, the flag types, the guard.
+
+Knows nothing of data, models or training; every other file may import it.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """What the user gave cannot be used. The message is one line that says what and why."""
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser whose errors are a single line (argparse would print the usage first)."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    return parser
+
+
+def integer(low: int) -> Callable[[str], int]:
+    """Flag type: a whole number of at least `low`."""
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        return value
+    return parse
+
+
+def number(low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
+    """Flag type: a finite number in [low, high], or in (low, high] with `open_low`."""
+    interval = f"{'(' if open_low else '['}{low:g}, {'∞)' if high == math.inf else f'{high:g}]'}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is outside {interval}")
+        return value
+    return parse
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr, at once."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def guard(main: Callable[[], None]) -> None:
+    """Run a script's `main`; turn bad input and operating-system errors into one line, exit code 2."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        name = sys.argv[0].rsplit("/", 1)[-1]
+        warn(f"{name}: error: {' '.join(str(error).split())}")
+        sys.exit(2)

@@ -1,0 +1,362 @@
+"""Images on disk → one uint8 tensor, decoded once; batches on the training device.
+
+As a script it describes a data set without training:
+
+    python data.py --data DIR          # counts, splits, clients, duplicates, a contact sheet
+    python data.py                     # the same of the embedded synthetic smears, in seconds
+
+Reads any tree with one folder per class. The two public layouts of the ALL set (FACTS in README) are
+recognised, and their class names mapped to Benign, Early, Pre, Pro.
+"""
+
+import argparse
+import hashlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+import splits
+import synthetic
+from augment import Augmentation, augment, draw_parameters
+from checks import InputError, guard, integer, make_parser, number, warn
+
+CLASSES = ("Benign", "Early", "Pre", "Pro")
+CLASS_NAMES = {"benign": "Benign", "early": "Early", "pre": "Pre", "pro": "Pro",
+               "[malignant] early pre-b": "Early", "[malignant] pre-b": "Pre",
+               "[malignant] pro-b": "Pro"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # section 3.2.2
+SAMPLERS = ("shuffle", "balanced", "dual")
+
+
+@dataclass
+class Images:
+    """A decoded data set. pixels: uint8 [N, 3, H, W], stored channels last; labels: int64 [N]."""
+    pixels: Tensor
+    labels: Tensor
+    paths: list[str]  # relative to the data folder, "/" between parts
+    classes: list[str]
+    digests: list[str]  # sha256 of each image's decoded RGB pixels and size, before resizing
+    name: str
+    ignored: int = 0  # hidden and non-image files passed over
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (path, reason), with --skip-bad
+    found: Counter = field(default_factory=Counter)  # (width, height, mode) as found on disk
+
+    def fingerprint(self) -> str:
+        """sha256 over class list, paths, labels and pixel digests: equal for equal data only."""
+        lines = [repr(self.classes)] + [f"{p}\t{y}\t{d}" for p, y, d in zip(
+            self.paths, self.labels.tolist(), self.digests, strict=True)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of data, split and clients, shared by every script that reads images."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data", metavar="DIR", help="one folder per class; without it: synthetic smears")
+    add("--image-size", type=integer(8), default=224, help="side in pixels (default 224)")
+    add("--skip-bad", action="store_true", help="go on without unreadable images, and record which")
+    group = parser.add_argument_group("split and clients")
+    add = group.add_argument
+    add("--split", choices=splits.SPLITS, default="random", help="default: random 80/10/10")
+    add("--split-seed", type=integer(0), default=42, help="seed of split and partition")
+    add("--groups", metavar="CSV", help="path,group rows for --split grouped (default: duplicates)")
+    add("--clients", type=integer(1), default=4, help="number of hospitals (default 4)")
+    add("--partition", choices=splits.PARTITIONS, default="iid", help="default: iid, equal sizes")
+    add("--alpha", type=number(0, open_low=True), default=0.3, help="of the Dirichlet partitions")
+    add("--classes-per-client", type=integer(1), default=2, help="of --partition shards")
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+def find_class_folders(root: Path) -> dict[str, Path]:
+    """Class name → folder, in class order. Steps into `Original` and into single wrapping folders."""
+    if not root.is_dir():
+        raise InputError(f"--data {root}: no such folder")
+    while True:
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        original = [p for p in folders if p.name.lower() == "original"]
+        if original:
+            root = original[0]
+        elif len(folders) == 1 and any(p.is_dir() for p in folders[0].iterdir()):
+            root = folders[0]
+        else:
+            break
+    if not folders:
+        raise InputError(f"--data {root}: no class folder in it")
+    names = [CLASS_NAMES.get(p.name.lower()) for p in folders]
+    if None in names or len(set(names)) < len(names):
+        names = [p.name for p in folders]
+    if len(folders) == 1:
+        raise InputError(f"--data {root}: one class only ({names[0]}), nothing to tell apart")
+    return dict(sorted(zip(names, folders, strict=True)))
+
+
+def _walk_error(error: OSError) -> None:
+    raise error
+
+
+def find_files(folder: Path) -> tuple[list[Path], int]:
+    """Image files under `folder` in ImageFolder's order, and the number of files passed over."""
+    files, ignored = [], 0
+    for top, folders, names in sorted(os.walk(folder, onerror=_walk_error, followlinks=True)):
+        if any(part.startswith(".") for part in Path(top).relative_to(folder).parts):
+            ignored += len(names)
+            continue
+        for name in sorted(names):
+            if name.startswith(".") or Path(name).suffix.lower() not in SUFFIXES:
+                ignored += 1
+            else:
+                files.append(Path(top) / name)
+    return files, ignored
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB: upright (EXIF), 16-bit scaled, alpha laid over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined white")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode(path: Path, size: int) -> tuple[np.ndarray, str, tuple]:
+    """One file → uint8 [size, size, 3], pixel digest, (width, height, mode)."""
+    with Image.open(path) as image:
+        mode = image.mode
+        rgb = to_rgb(image)
+    digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
+    small = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.BILINEAR)
+    return np.asarray(small), digest, (*rgb.size, mode)
+
+
+def read_folder(root: str, size: int, skip_bad: bool = False) -> Images:
+    """Decode every image under `root` once, in parallel. Pixels are resized to size × size.
+
+    Raises InputError for a missing, empty or one-class folder and, naming all of them at once, for
+    unreadable images; with `skip_bad` those are left out and listed in `bad`.
+    """
+    folders = find_class_folders(Path(root))
+    base = Path(os.path.commonpath(folders.values()))
+    files, labels, ignored = [], [], sum(p.is_file() for p in base.iterdir())
+    for label, (name, folder) in enumerate(folders.items()):
+        found, passed = find_files(folder)
+        if not found:
+            raise InputError(f"--data: class folder {folder} has no image in it")
+        files, labels, ignored = files + found, labels + [label] * len(found), ignored + passed
+    names = [path.relative_to(base).as_posix() for path in files]
+    pixels = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
+    digests, shapes, bad = [""] * len(files), Counter(), []
+
+    def work(i: int) -> tuple | Exception:
+        try:
+            array, digests[i], shape = decode(files[i], size)
+            pixels[i] = torch.from_numpy(array.copy())
+            return shape
+        except Exception as error:  # decoders raise all sorts of things on broken files
+            return error
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        bar = tqdm(pool.map(work, range(len(files))), "decoding", len(files), disable=None,
+                   unit="image", leave=False)
+        for i, result in enumerate(bar):
+            if isinstance(result, Exception):
+                bad.append((names[i], " ".join(str(result).replace(str(files[i]), "it").split())))
+            else:
+                shapes[result] += 1
+    if bad and not skip_bad:
+        listed = "; ".join(f"{name} ({reason})" for name, reason in bad)
+        raise InputError(f"{len(bad)} unreadable image(s), use --skip-bad to go on without: {listed}")
+    unreadable = {name for name, _ in bad}
+    keep = [i for i, name in enumerate(names) if name not in unreadable]
+    if bad:
+        pixels = pixels[keep]
+    images = Images(pixels.permute(0, 3, 1, 2), torch.tensor([labels[i] for i in keep]),
+                    [names[i] for i in keep], list(folders), [digests[i] for i in keep],
+                    Path(root).resolve().name, ignored, bad, shapes)
+    counts = torch.bincount(images.labels, minlength=len(folders))
+    if (counts == 0).any():
+        raise InputError(f"class {list(folders)[int(counts.argmin())]} has no readable image")
+    return images
+
+
+def load(args: argparse.Namespace) -> Images:
+    """The data set that the flags name: --data DIR, or the synthetic smears."""
+    if args.data is not None:
+        images = read_folder(args.data, args.image_size, args.skip_bad)
+        if images.bad:
+            warn(f"--skip-bad: {len(images.bad)} unreadable image(s) left out: "
+                 + ", ".join(name for name, _ in images.bad))
+        return images
+    pixels, names, paths = synthetic.draw(args.image_size)
+    digests = [hashlib.sha256(p.tobytes()).hexdigest() for p in pixels]
+    shapes = Counter({(args.image_size, args.image_size, "RGB"): len(paths)})
+    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2),
+                  torch.tensor([CLASSES.index(name) for name in names]), paths, list(CLASSES),
+                  digests, "synthetic", found=shapes)
+
+
+# ---- split and clients ------------------------------------------------------------------------
+
+def read_groups(path: str, paths: list[str]) -> list[str]:
+    """The group of each image, from a CSV of path,group rows that must name every image."""
+    try:
+        rows = [line.rsplit(",", 1) for line in Path(path).read_text("utf-8").splitlines() if line]
+        groups = {name.strip().strip('"'): group.strip() for name, group in rows}
+    except ValueError:
+        raise InputError(f"--groups {path}: not rows of path,group") from None
+    missing = [p for p in paths if p not in groups]
+    if missing:
+        raise InputError(f"--groups {path}: {len(missing)} image(s) not in it, first {missing[0]}")
+    return [groups[p] for p in paths]
+
+
+def make_split(args: argparse.Namespace, images: Images) -> tuple[splits.Split, list[np.ndarray]]:
+    """(split, clients) as the flags say; prints test images with an identical twin in training."""
+    if args.groups and args.split != "grouped":
+        raise InputError("--groups is used by --split grouped only")
+    labels = images.labels.numpy()
+    groups = read_groups(args.groups, images.paths) if args.groups else images.digests
+    split = splits.make_split(args.split, labels, args.split_seed, paths=images.paths, groups=groups)
+    absent = set(range(len(images.classes))) - set(labels[split["train"]].tolist())
+    if absent:
+        raise InputError(f"class {images.classes[min(absent)]} is too small for the {args.split} "
+                         "split: the training part has none of it")
+    if args.split == "stratified80":
+        warn("WARNING: --split stratified80 selects the model on its own test part (the paper's "
+             "Table 1): its test figures are optimistic")
+    clients = splits.partition(args.partition, labels, split["train"], args.clients,
+                               args.split_seed, alpha=args.alpha,
+                               classes_per_client=args.classes_per_client)
+    copies = len(images.digests) - len(set(images.digests))
+    twins = {p: splits.count_twins(images.digests, split[p], split["train"]) for p in ("val", "test")}
+    print(f"identical images: {copies} copies of another; with a twin in training: "
+          f"{twins['val']} of {len(split['val'])} validation, "
+          f"{twins['test']} of {len(split['test'])} test images")
+    return split, clients
+
+
+# ---- batches ----------------------------------------------------------------------------------
+
+def epoch_order(labels: Tensor, sampler: str, expand: int, generator: torch.Generator,
+                batch_size: int) -> Tensor:
+    """Positions 0..n-1 in the order of one epoch, int64 [n·expand].
+
+    shuffle: every image `expand` times. balanced: drawn with replacement, classes equally likely.
+    dual: the first half of each batch from the shuffled order, the second half drawn balanced (our
+    reading of the paper's "dual-input generator", section III).
+    """
+    n = len(labels)
+    order = torch.randperm(n * expand, generator=generator) % n
+    if sampler != "shuffle":
+        weights = 1.0 / torch.bincount(labels)[labels]
+        drawn = torch.multinomial(weights, n * expand, replacement=True, generator=generator)
+        if sampler == "balanced":
+            return drawn
+        natural = torch.arange(n * expand) % batch_size < batch_size // 2
+        return torch.where(natural, order, drawn)
+    return order
+
+
+def batch_slices(order: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Consecutive batches; a last batch of one image is dropped (BatchNorm has no variance of it)."""
+    for batch in order.split(batch_size):
+        if len(batch) > 1 or batch_size == 1 or len(order) == 1:
+            yield batch
+
+
+def gather(images: Images, indices: Tensor, device: torch.device) -> Tensor:
+    """Float images [n, 3, H, W] in 0..1 on `device`; a copy, the source is not changed."""
+    stored = images.pixels.permute(0, 2, 3, 1)  # contiguous rows: one copy per image
+    rows = stored[indices.to(stored.device)].permute(0, 3, 1, 2)
+    return rows.to(device, non_blocking=True).float().div_(255)
+
+
+def normalise(batch: Tensor) -> Tensor:
+    """ImageNet mean and standard deviation (section 3.2.2); returns channels_last."""
+    mean = torch.tensor(IMAGENET_MEAN, device=batch.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=batch.device).view(1, 3, 1, 1)
+    return ((batch - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def train_batch(images: Images, indices: Tensor, ranges: Augmentation | None,
+                generator: torch.Generator, device: torch.device) -> Tensor:
+    """Gathered, augmented and normalised batch. Validation and test never come through here."""
+    batch = gather(images, indices, device)
+    if ranges is not None:
+        batch = augment(batch, draw_parameters(len(batch), ranges, generator))
+    return normalise(batch)
+
+
+def eval_batch(images: Images, indices: Tensor, device: torch.device) -> Tensor:
+    """Gathered and normalised batch, nothing random."""
+    return normalise(gather(images, indices, device))
+
+
+# ---- as a script ------------------------------------------------------------------------------
+
+def describe(args: argparse.Namespace, images: Images) -> None:
+    """Print what is in the data set, the split and the clients."""
+    print(f"{images.name}: {len(images.paths)} images, fingerprint {images.fingerprint()[:16]}")
+    for (width, height, mode), count in images.found.most_common():
+        print(f"  {count} of {width}x{height} {mode}")
+    print(f"  {images.ignored} hidden or non-image file(s) ignored, {len(images.bad)} unreadable")
+    for path, reason in images.bad:
+        print(f"  unreadable: {path} ({reason})")
+    split, clients = make_split(args, images)
+    labels = images.labels.numpy()
+    parts = {"all": np.arange(len(labels)), **split}
+    parts |= {f"client {k}": part for k, part in enumerate(clients)}
+    width = max(map(len, images.classes)) + 2
+    print(f"{'part':<12}{'images':>8}" + "".join(f"{c:>{width}}" for c in images.classes))
+    for name, part in parts.items():
+        counts = np.bincount(labels[part], minlength=len(images.classes))
+        print(f"{name:<12}{len(part):>8}" + "".join(f"{c:>{width}}" for c in counts))
+
+
+def contact_sheet(images: Images, path: Path, columns: int = 8) -> None:
+    """Per class one row: the first image, then augmented draws of it. Local use only."""
+    rows = []
+    for c in range(len(images.classes)):
+        first = int((images.labels == c).nonzero()[0])
+        batch = gather(images, torch.full((columns,), first), torch.device("cpu"))
+        generator = torch.Generator().manual_seed(c)
+        drawn = augment(batch, draw_parameters(columns, Augmentation(), generator))
+        drawn[0] = batch[0]
+        rows.append(torch.cat(list(drawn), 2))
+    sheet = (torch.cat(rows, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(path)
+    print(f"contact sheet (first column as read, the rest augmented): {path}")
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    add_arguments(parser)
+    parser.add_argument("--sheet", metavar="PNG", help="default runs/data-NAME.png")
+    args = parser.parse_args()
+    args.skip_bad = True  # a description lists the unreadable ones and goes on
+    images = load(args)
+    describe(args, images)
+    contact_sheet(images, Path(args.sheet or f"runs/data-{images.name}.png"))
+
+
+if __name__ == "__main__":
+    guard(main)

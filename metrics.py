@@ -1,0 +1,159 @@
+"""Predictions → numbers with intervals. Always from pooled predictions, never means of means.
+
+Undefined figures (a class absent from the split, a class never predicted) are None, not zero.
+Intervals are 95 % and assume independent images; images of one patient are not, so they are too
+narrow wherever patients contribute several images.
+"""
+
+import numpy as np
+from scipy.special import log_softmax
+from scipy.stats import binomtest
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
+
+BOOTSTRAP = 1000  # resamples of the percentile intervals
+BINS = 15  # of the expected calibration error
+
+
+def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
+    """Every figure of one part of the data: the M of `results.json` (README).
+
+    logits: float [n, C]; labels: int [n]. `loss` is the unweighted, unsmoothed cross-entropy. Macro
+    figures are means over the classes present; there an undefined precision counts as 0, as in
+    scikit-learn. `brier` is the sum over classes (0..2), `roc_auc` macro one-against-rest.
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+    n, num_classes = logits.shape
+    log_p = log_softmax(logits, axis=1)
+    p = np.exp(log_p)
+    predicted = logits.argmax(1)
+    confusion = confusion_matrix(labels, predicted, num_classes)
+    per_class = per_class_metrics(confusion, p, labels, classes)
+    present = np.flatnonzero(confusion.sum(1))
+    support = confusion.sum(1)[present]
+    figures = {"n": n, "loss": _finite(-log_p[np.arange(n), labels].mean()),
+               "accuracy": wilson(int(np.trace(confusion)), n)}
+    for kind, weights in (("macro", np.ones(len(present))), ("weighted", support)):
+        for key in ("precision", "recall", "f1"):
+            values = [per_class[classes[c]][key] or 0.0 for c in present]
+            figures[f"{kind}_{key}"] = float(np.average(values, weights=weights))
+    figures["kappa"] = kappa(confusion)
+    aucs = [per_class[name]["auc"] for name in classes if per_class[name]["auc"] is not None]
+    figures["roc_auc"] = float(np.mean(aucs)) if aucs else None
+    figures["intervals"] = bootstrap(labels, predicted, p)
+    figures["confusion"] = confusion.tolist()
+    figures["per_class"] = per_class
+    figures["malignant"] = malignant(confusion, classes)
+    figures["ece"] = calibration_error(p, labels)
+    figures["brier"] = _finite(((p - np.eye(num_classes)[labels]) ** 2).sum(1).mean())
+    return figures
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def wilson(successes: int, n: int) -> dict:
+    """A proportion with its Wilson 95 % score interval; all None where n is 0."""
+    if n == 0:
+        return {"value": None, "low": None, "high": None}
+    interval = binomtest(successes, n).proportion_ci(method="wilson")
+    return {"value": successes / n, "low": float(interval.low), "high": float(interval.high)}
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 [true, predicted]."""
+    cells = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes)
+
+
+def per_class_metrics(confusion: np.ndarray, p: np.ndarray, labels: np.ndarray,
+                      classes: list[str]) -> dict:
+    """Precision, recall, specificity, F1, AUC (one against rest) and support by class name."""
+    def ratio(a: int, b: int) -> float | None:
+        return float(a / b) if b else None
+    out = {}
+    for c, name in enumerate(classes):
+        hit, row, column = confusion[c, c], confusion[c].sum(), confusion[:, c].sum()
+        negatives = confusion.sum() - row
+        defined = 0 < row < confusion.sum() and np.isfinite(p).all()
+        out[name] = {
+            "precision": ratio(hit, column), "recall": ratio(hit, row),
+            "specificity": ratio(negatives - (column - hit), negatives),
+            "f1": ratio(2 * hit, row + column) if row else None,
+            "auc": float(roc_auc_score(labels == c, p[:, c])) if defined else None,
+            "support": int(row)}
+    return out
+
+
+def kappa(confusion: np.ndarray) -> float | None:
+    """Cohen's κ of a confusion matrix; None where chance agreement is complete."""
+    n = confusion.sum()
+    chance = (confusion.sum(0) * confusion.sum(1)).sum() / n**2
+    if chance == 1:
+        return None
+    cells = np.indices(confusion.shape).reshape(2, -1)
+    return float(cohen_kappa_score(*cells, sample_weight=confusion.ravel()))
+
+
+def malignant(confusion: np.ndarray, classes: list[str]) -> dict | None:
+    """Malignant (all but Benign) against Benign, Wilson intervals; None without a Benign class."""
+    if "Benign" not in classes:
+        return None
+    b = classes.index("Benign")
+    benign, rest = confusion[b].sum(), confusion.sum() - confusion[b].sum()
+    missed = confusion[:, b].sum() - confusion[b, b]  # leukaemias called benign
+    return {"sensitivity": wilson(int(rest - missed), int(rest)),
+            "specificity": wilson(int(confusion[b, b]), int(benign))}
+
+
+def calibration_error(p: np.ndarray, labels: np.ndarray) -> float | None:
+    """Expected calibration error of the top class, 15 bins of equal width (Guo et al. 2017)."""
+    confidence, correct = p.max(1), p.argmax(1) == labels
+    bins = np.minimum((np.nan_to_num(confidence) * BINS).astype(int), BINS - 1)
+    gaps = [abs(correct[bins == b].sum() - confidence[bins == b].sum()) for b in range(BINS)]
+    return _finite(sum(gaps) / len(labels))
+
+
+def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray, seed: int = 0) -> dict:
+    """Percentile 95 % intervals of macro F1, κ and macro AUC over resampled images.
+
+    A resample without one of the classes present counts the rest; fixed seed, so repeatable.
+    """
+    n, num_classes = p.shape
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP)  # [R, n]
+    cells = labels * num_classes + predicted
+    matrices = (counts @ np.eye(num_classes**2)[cells]).reshape(-1, num_classes, num_classes)
+    rows, columns = matrices.sum(2), matrices.sum(1)
+    hits = np.einsum("rcc->rc", matrices)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f1 = np.where(rows > 0, 2 * hits / (rows + columns), np.nan)
+        chance = (rows * columns).sum(1) / n**2
+        kappas = (hits.sum(1) / n - chance) / (1 - chance)
+    aucs = np.stack([resampled_auc(counts, labels == c, p[:, c]) for c in range(num_classes)], 1)
+    return {name: _percentiles(values) for name, values in
+            (("macro_f1", _row_means(f1)), ("kappa", kappas), ("roc_auc", _row_means(aucs)))}
+
+
+def resampled_auc(counts: np.ndarray, positive: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """AUC of each resample, float [R] (NaN where undefined); counts: int [R, n], ties count half."""
+    order = np.argsort(score, kind="stable")
+    starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))
+    up = np.add.reduceat(counts[:, order] * positive[order], starts, axis=1)
+    down = np.add.reduceat(counts[:, order] * ~positive[order], starts, axis=1)
+    below = np.cumsum(down, 1) - down
+    with np.errstate(invalid="ignore"):
+        return (up * (below + 0.5 * down)).sum(1) / (up.sum(1) * down.sum(1))
+
+
+def _row_means(values: np.ndarray) -> np.ndarray:
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(1) / known.sum(1)
+
+
+def _percentiles(values: np.ndarray) -> dict:
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return {"low": None, "high": None}
+    low, high = np.percentile(values, (2.5, 97.5))
+    return {"low": float(low), "high": float(high)}

@@ -1,0 +1,282 @@
+"""Networks: build, freeze, initialise, save and load; and which of their entries are BatchNorm's.
+
+As a script it prints the paper's Table 3 for any torchvision classifier:
+
+    python models.py resnet50          # 23,516,228 parameters with the four-class head
+    python models.py resnet50 --train-from layer4
+"""
+
+import argparse
+import os
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from checks import InputError, guard, integer, make_parser
+
+State = dict[str, Tensor]
+BATCHNORM = nn.modules.batchnorm._BatchNorm  # found by isinstance: names differ between networks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the network, shared by every script that builds one."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="resnet50", help="torchvision classifier (default resnet50)")
+    add("--weights", default="imagenet", metavar="imagenet|none|PATH",
+        help="start from torchvision's ImageNet weights, random ones, or a file (default imagenet)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
+    add("--train-from", metavar="MODULE", help="freeze all that comes before, e.g. layer4 or fc")
+
+
+def head_name(model: nn.Module) -> str:
+    """Name of the last linear layer, the head. Raises InputError where the network ends otherwise."""
+    leaves = [(name, m) for name, m in model.named_modules()
+              if not list(m.children()) and not isinstance(m, (nn.Dropout, nn.Identity))]
+    name, last = leaves[-1]
+    if not isinstance(last, nn.Linear) or hasattr(model, "aux_logits"):
+        raise InputError(f"{type(model).__name__} does not end in one linear layer")
+    return name
+
+
+def build(name: str, num_classes: int, weights: str = "none", seed: int = 0,
+          classes: list[str] | None = None) -> nn.Module:
+    """A torchvision classifier with a new head of `num_classes`, channels_last, in train mode.
+
+    The head is one linear layer, Xavier-uniform with zero bias (section 3.3). Everything random comes
+    from `seed`; the global random state is left as it was. weights: "none", "imagenet" (the
+    IMAGENET1K_V1 of torchvision, downloaded once to torch's hub cache) or the path of a state dict
+    or of a `model.pt`; a head in it that does not fit `classes` is dropped, and said so.
+    """
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise InputError(f"unknown model {name!r}; torchvision has resnet50, vgg16, "
+                         "efficientnet_b0, mobilenet_v2, resnet18, ...")
+    state = {} if weights == "none" else load_weights(name, weights, num_classes, classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = torchvision.models.get_model(name, weights=None)
+        head = head_name(model)
+        parent, _, leaf = head.rpartition(".")
+        new = nn.Linear(model.get_submodule(head).in_features, num_classes)
+        nn.init.xavier_uniform_(new.weight)
+        nn.init.zeros_(new.bias)
+        setattr(model.get_submodule(parent), leaf, new)
+    if state:
+        load_matching(model, state, head, weights)
+    return model.to(memory_format=torch.channels_last)
+
+
+def load_weights(name: str, weights: str, num_classes: int, classes: list[str] | None) -> State:
+    """The state dict that `--weights` names; from our own model.pt, its state."""
+    if weights == "imagenet":
+        try:
+            entry = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+            return entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        except KeyError:
+            raise InputError(f"torchvision has no ImageNet weights for {name}") from None
+        except (URLError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise InputError(f"ImageNet weights of {name} could not be had ({error}); pass a file "
+                             "with --weights PATH, or --weights none for random ones") from None
+    content = read_file(weights)
+    if "state" not in content:
+        return content
+    if content.get("model") != name:
+        raise InputError(f"--weights {weights}: holds {content.get('model')}, not {name}")
+    state = dict(content["state"])
+    if classes is not None and content.get("classes") != list(classes):
+        print(f"{weights}: its classes differ, head dropped")
+        state = {k: v for k, v in state.items() if k not in content.get("head", ())}
+    return state
+
+
+def read_file(path: str | Path) -> dict:
+    """A dictionary from a .pt file, tensors and plain values only: no code in it is ever run."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: refused, it holds more than tensors and plain values "
+                         "(code is never loaded) or is damaged") from None
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: truncated or no PyTorch file ({reason})") from None
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path}: holds no state dict")
+    return content
+
+
+def load_matching(model: nn.Module, state: State, head: str, source: str) -> None:
+    """Load `state` into `model` in place; only the head may be absent or of another size."""
+    own = model.state_dict()
+    head_keys = {f"{head}.weight", f"{head}.bias"}
+    state = dict(state)
+    if any(k in state and getattr(state[k], "shape", None) != own[k].shape for k in head_keys):
+        rows = len(state[f"{head}.weight"]) if f"{head}.weight" in state else "?"
+        print(f"{source}: head of {rows} classes dropped, a new one of {len(own[f'{head}.bias'])}")
+        state = {k: v for k, v in state.items() if k not in head_keys}
+    missing = sorted(set(own) - set(state) - head_keys)
+    extra = sorted(set(state) - set(own))
+    # torchvision files from before 2018 lack the BatchNorm counters; nothing else may be absent
+    missing = [k for k in missing if not k.endswith("num_batches_tracked")]
+    if missing or extra:
+        raise InputError(f"{source}: another architecture: {len(missing)} entries missing, "
+                         f"{len(extra)} unknown, first {(missing + extra)[0]}")
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.shape != own[key].shape:
+            raise InputError(f"{source}: wrong shape of {key}: {getattr(value, 'shape', value)}, "
+                             f"expected {tuple(own[key].shape)}")
+    model.load_state_dict(state, strict=False)
+
+
+def batchnorm_keys(model: nn.Module) -> list[str]:
+    """State entries (affine, running statistics, counters) that belong to BatchNorm layers."""
+    return [f"{name}.{key}" for name, module in model.named_modules()
+            if isinstance(module, BATCHNORM) for key in module.state_dict()]
+
+
+def freeze(model: nn.Module, train_from: str | None = None, batchnorm: bool = False) -> None:
+    """Switch off gradients of all parameters before module `train_from`, and of BatchNorm if asked.
+
+    Changes `model` in place. Frozen BatchNorm layers also need `train_mode`: without a gradient their
+    running statistics would still move.
+    """
+    if train_from is not None:
+        names = [name for name, _ in model.named_parameters()]
+        first = next((i for i, name in enumerate(names) if name.startswith(train_from + ".")), None)
+        if first is None:
+            modules = ", ".join(name for name, _ in model.named_children())
+            raise InputError(f"--train-from {train_from}: no such module with parameters; this "
+                             f"network has {modules}")
+        for name, parameter in list(model.named_parameters())[:first]:
+            parameter.requires_grad_(False)
+    if batchnorm:
+        for module in model.modules():
+            if isinstance(module, BATCHNORM):
+                module.requires_grad_(False)
+
+
+def train_mode(model: nn.Module) -> None:
+    """`model.train()`, except that frozen BatchNorm layers stay in eval mode."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, BATCHNORM) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
+
+
+def needs_batch(model: nn.Module) -> bool:
+    """Whether a BatchNorm layer will use batch statistics, for which one image is not enough."""
+    return any(isinstance(m, BATCHNORM) and any(p.requires_grad for p in m.parameters())
+               for m in model.modules())
+
+
+def pick_device(name: str) -> torch.device:
+    """`--device` as a torch device. Raises InputError for one that is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu")
+                              if name == "auto" else name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device {name}: not there") from None
+    torch.backends.cudnn.benchmark = True  # fixed shapes; CUDA only
+    torch.backends.cudnn.allow_tf32 = False  # evaluation is float32, also on CUDA
+    return device
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, state: State,
+                clients: list[tuple[int, Iterable[Tensor]]]) -> State:
+    """`state` with BatchNorm statistics measured anew: those of the averaged model itself.
+
+    clients: (n_k, batches of the client's own training images, unaugmented) each. Every client
+    forwards its batches (cumulative average); moments are pooled as μ = Σ w_k μ_k and
+    σ² = Σ w_k (σ_k² + μ_k²) - μ², w_k = n_k / Σ n. `model` is working memory.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BATCHNORM)}
+    momenta = {name: layer.momentum for name, layer in layers.items()}
+    total = sum(n for n, _ in clients)
+    pooled = {f"{name}.{key}": torch.zeros_like(state[f"{name}.{key}"], dtype=torch.float64)
+              for name in layers for key in ("running_mean", "running_var")}
+    for num_examples, batches in clients:
+        model.load_state_dict(state)
+        model.eval()
+        for layer in layers.values():
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative average
+            layer.train()
+        for batch in batches:
+            model(batch)
+        for name, layer in layers.items():
+            mean, var = layer.running_mean.double(), layer.running_var.double()
+            pooled[f"{name}.running_mean"] += mean * num_examples / total
+            pooled[f"{name}.running_var"] += (var + mean.square()) * num_examples / total
+    for name, layer in layers.items():
+        layer.momentum = momenta[name]
+        pooled[f"{name}.running_var"] -= pooled[f"{name}.running_mean"].square()
+    return state | {key: value.to(state[key].dtype) for key, value in pooled.items()}
+
+
+def bundle(model: nn.Module, state: State, name: str, classes: list[str], **more) -> dict:
+    """The content of `model.pt`: loads with weights_only=True and suffices to use the model.
+
+    `more` holds what the pixels need: image_size, mean, std.
+    """
+    head = head_name(model)
+    return {"state": {key: value.cpu() for key, value in state.items()}, "model": name,
+            "classes": list(classes), "head": [f"{head}.weight", f"{head}.bias"], **more}
+
+
+def save(content: dict, path: Path) -> None:
+    """Write a .pt file so that a kill at any moment leaves the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def table(model: nn.Module, size: int) -> list[tuple[str, str, int, int]]:
+    """(module, output shape, parameters, trainable parameters) of each top-level module."""
+    shapes, hooks = {}, []
+    for name, module in model.named_children():
+        hooks.append(module.register_forward_hook(
+            lambda _m, _i, out, name=name: shapes.__setitem__(name, tuple(out.shape[1:]))))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    return [(name, str(shapes.get(name, "-")), sum(p.numel() for p in module.parameters()),
+             sum(p.numel() for p in module.parameters() if p.requires_grad))
+            for name, module in model.named_children()]
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("model", nargs="?", default="resnet50")
+    parser.add_argument("--classes", type=integer(2), default=4)
+    parser.add_argument("--image-size", type=integer(8), default=224)
+    parser.add_argument("--train-from", metavar="MODULE")
+    args = parser.parse_args()
+    model = build(args.model, args.classes)
+    freeze(model, args.train_from)
+    rows = table(model, args.image_size)
+    total, trainable = (sum(row[i] for row in rows) for i in (2, 3))
+    print(f"{'module':<14}{'output shape':<20}{'parameters':>14}{'trainable':>14}")
+    for name, shape, parameters, free in [*rows, ("all", "", total, trainable)]:
+        print(f"{name:<14}{shape:<20}{parameters:>14,}{free:>14,}")
+    layers = sum(isinstance(m, BATCHNORM) for m in model.modules())
+    print(f"head: {head_name(model)}; BatchNorm layers: {layers}; "
+          f"state entries: {len(model.state_dict())}")
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,0 +1,189 @@
+"""Who trains, who validates, who tests, and which client owns what: index arrays, nothing else.
+
+Everything here depends on (labels, names, digests, seed) alone: no image, no model, no file order
+beyond that of the data set. Every function returns sorted int64 arrays, so that a part is a set.
+"""
+
+import re
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+
+from checks import InputError
+
+SPLITS = ("random", "stratified", "stratified80", "grouped", "blocked")
+PARTITIONS = ("iid", "dirichlet", "dirichlet-equal", "shards")
+EMBARGO = 30  # files dropped at each boundary of a blocked split: neighbours share a field of view
+RETRIES = 1000
+
+Split = dict[str, np.ndarray]  # "train", "val", "test": sorted int64 indices
+
+
+def make_split(kind: str, labels: np.ndarray, seed: int, *, paths: list[str] | None = None,
+               groups: list[str] | None = None) -> Split:
+    """Train, validation and test indices of n images.
+
+    labels: int64 [n]. paths: needed by `blocked` (file-number order). groups: needed by `grouped`,
+    one id per image. Raises InputError where a part, or a class of the training part, is empty.
+    `random` is `torch.utils.data.random_split` with lengths n-2⌊n/10⌋, ⌊n/10⌋, ⌊n/10⌋: with seed 42
+    on the 3,256 images it has the paper's class counts (section 3.6, test 59/98/84/84).
+    """
+    n, tenth = len(labels), len(labels) // 10
+    if tenth == 0:
+        raise InputError(f"{n} images are too few for an 80/10/10 split: at least 10 are needed")
+    if kind == "random":
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
+        train, val, test = np.split(order, [n - 2 * tenth, n - tenth])
+    elif kind == "stratified":
+        rest, test = _stratified(np.arange(n), labels, tenth, seed)
+        train, val = _stratified(rest, labels, tenth, seed)
+    elif kind == "stratified80":  # Table 1: validation = test, so selection sees the test part
+        train, test = _stratified(np.arange(n), labels, 0.2, seed)
+        val = test
+    elif kind == "grouped":
+        train, val, test = _grouped(groups, tenth, seed)
+    elif kind == "blocked":
+        train, val, test = _blocked(labels, paths)
+    else:
+        raise ValueError(f"unknown split {kind!r}; one of {', '.join(SPLITS)}")
+    split = {name: np.sort(part).astype(np.int64)
+             for name, part in (("train", train), ("val", val), ("test", test))}
+    for name, part in split.items():
+        if len(part) == 0:
+            raise InputError(f"the {kind} split leaves the {name} part empty")
+    return split
+
+
+def _stratified(indices: np.ndarray, labels: np.ndarray, size: int | float, seed: int):
+    try:
+        return train_test_split(indices, test_size=size, stratify=labels[indices],
+                                random_state=seed)
+    except ValueError as error:
+        raise InputError(f"a class is too small for a stratified split: {error}") from None
+
+
+def _grouped(groups: list[str], tenth: int, seed: int) -> list[list[int]]:
+    """Whole groups, in shuffled order, go to the first of test, validation with room, else train."""
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    names = list(members)
+    train, val, test = [], [], []
+    for i in np.random.default_rng(seed).permutation(len(names)):
+        group = members[names[i]]
+        part = next((p for p in (test, val) if len(p) + len(group) <= tenth), train)
+        part.extend(group)
+    return [train, val, test]
+
+
+def file_number(path: str) -> tuple:
+    """Sort key: the numbers of a file name in order, then the path ("Snap_001 (3)": 1, 3)."""
+    return [int(d) for d in re.findall(r"\d+", path.rsplit("/", 1)[-1].rsplit(".", 1)[0])], path
+
+
+def _blocked(labels: np.ndarray, paths: list[str]) -> list[list[int]]:
+    """Per class, in file-number order: train, 30 dropped, 10 % validation, 30 dropped, 10 % test."""
+    train, val, test = [], [], []
+    for c in np.unique(labels):
+        order = sorted(np.flatnonzero(labels == c), key=lambda i: file_number(paths[i]))
+        tenth = len(order) // 10
+        end_val = len(order) - tenth - EMBARGO
+        end_train = end_val - tenth - EMBARGO
+        if tenth == 0 or end_train <= 0:
+            raise InputError(f"class number {c} has {len(order)} images, too few for a blocked split"
+                             f" with {EMBARGO} files dropped at each of two boundaries")
+        train += order[:end_train]
+        val += order[end_train + EMBARGO:end_val]
+        test += order[end_val + EMBARGO:]
+    return [train, val, test]
+
+
+def count_twins(digests: list[str], part: np.ndarray, train: np.ndarray) -> int:
+    """How many images of `part` have an image with equal decoded pixels in `train`."""
+    known = {digests[i] for i in train}
+    return sum(digests[i] in known for i in part)
+
+
+def partition(kind: str, labels: np.ndarray, train: np.ndarray, clients: int, seed: int, *,
+              alpha: float = 0.3, classes_per_client: int = 2) -> list[np.ndarray]:
+    """Deal the training part to `clients` clients: disjoint, complete, none empty.
+
+    labels: int64 [n] of the whole set; train: indices into it. `iid`: equal shuffled parts, the
+    remainder to the last (section 3.6; 651/651/651/653). `dirichlet`: each class dealt by
+    Dir(alpha) over clients (Hsu et al. 2019, arXiv 1909.06335), redrawn until no client is empty.
+    `dirichlet-equal`: sizes as iid, each client's class mix drawn from Dir(alpha). `shards`: every
+    client holds exactly `classes_per_client` classes. Raises InputError where that cannot be done.
+    """
+    if clients > len(train):
+        raise InputError(f"{clients} clients are more than the {len(train)} training images")
+    rng = np.random.default_rng([seed, PARTITIONS.index(kind)])
+    if kind == "iid":
+        size = len(train) // clients
+        parts = np.split(rng.permutation(train), [size * k for k in range(1, clients)])
+    elif kind == "dirichlet":
+        for _ in range(RETRIES):
+            fractions = rng.dirichlet([alpha] * clients, size=int(labels.max()) + 1)  # [C, K]
+            parts = deal(labels, train, fractions, rng)
+            if min(map(len, parts)) > 0:
+                break
+        else:
+            raise InputError(f"no Dirichlet({alpha:g}) partition of {len(train)} images over "
+                             f"{clients} clients without an empty one in {RETRIES} draws")
+    elif kind == "dirichlet-equal":
+        parts = _equal_sizes(labels, train, clients, alpha, rng)
+    else:
+        parts = deal(labels, train, _shards(labels[train], clients, classes_per_client, rng), rng)
+        if min(map(len, parts)) == 0:
+            raise InputError(f"{clients} clients are too many: a class has fewer images than owners")
+    return [np.sort(part).astype(np.int64) for part in parts]
+
+
+def deal(labels: np.ndarray, indices: np.ndarray, fractions: np.ndarray,
+         rng: np.random.Generator) -> list[np.ndarray]:
+    """Deal `indices` class by class, client k getting the share fractions[c, k] of class c.
+
+    fractions: [classes, clients], rows in any scale. Every index goes to exactly one client.
+    """
+    parts: list[list[int]] = [[] for _ in range(fractions.shape[1])]
+    for c in np.unique(labels[indices]):
+        members = rng.permutation(indices[labels[indices] == c])
+        edges = np.round(np.cumsum(fractions[c]) / fractions[c].sum() * len(members)).astype(int)
+        for part, piece in zip(parts, np.split(members, edges[:-1]), strict=True):
+            part.extend(piece)
+    return [np.sort(np.array(part, dtype=np.int64)) for part in parts]
+
+
+def deal_like(labels: np.ndarray, indices: np.ndarray, clients: list[np.ndarray],
+              seed: int) -> list[np.ndarray]:
+    """Deal validation or test images so that each client's share mirrors its training classes."""
+    counts = np.stack([np.bincount(labels[c], minlength=labels.max() + 1) for c in clients], 1)
+    return deal(labels, indices, counts.astype(float), np.random.default_rng([seed, 99]))
+
+
+def _shards(labels: np.ndarray, clients: int, per_client: int, rng: np.random.Generator):
+    """[C, K] of 0 and 1: client k owns `per_client` consecutive classes of a shuffled circle."""
+    present = np.unique(labels)
+    if not per_client <= len(present) <= clients * per_client:
+        raise InputError(f"{clients} clients of {per_client} classes each do not fit "
+                         f"{len(present)} classes")
+    circle = rng.permutation(present)
+    owners = np.zeros((labels.max() + 1, clients))
+    for k in range(clients):
+        owners[circle[(k * per_client + np.arange(per_client)) % len(circle)], k] = 1
+    return owners
+
+
+def _equal_sizes(labels: np.ndarray, train: np.ndarray, clients: int, alpha: float,
+                 rng: np.random.Generator) -> list[list[int]]:
+    """Slot by slot: a random client with room draws a class from its own Dirichlet mix."""
+    present = np.unique(labels[train])
+    pools = [list(rng.permutation(train[labels[train] == c])) for c in present]
+    mixes = np.maximum(rng.dirichlet([alpha] * len(present), size=clients), 1e-12)  # [K, C]
+    sizes = [len(train) // clients] * (clients - 1)
+    slots = np.repeat(np.arange(clients), [*sizes, len(train) - sum(sizes)])
+    parts: list[list[int]] = [[] for _ in range(clients)]
+    for k in rng.permutation(slots):
+        weights = mixes[k] * [len(pool) > 0 for pool in pools]
+        parts[k].append(pools[rng.choice(len(pools), p=weights / weights.sum())].pop())
+    return parts
