@@ -57,8 +57,8 @@ def augment(images: Tensor, p: dict[str, Tensor]) -> Tensor:
 def warp(images: Tensor, angle: Tensor, flip: Tensor, shift_x: Tensor, shift_y: Tensor) -> Tensor:
     """Flip (0 or 1), then turn by `angle` degrees clockwise, then shift by a share of the sides.
 
-    All [n]. torchvision: affine(hflip(x), angle, [shift_x·W, shift_y·H], 1, [0, 0], BILINEAR), which
-    without flip and shift is rotate(x, -angle, BILINEAR).
+    All [n]. torchvision: affine(hflip(x), angle, [shift_x·W, shift_y·H], 1, [0, 0], BILINEAR),
+    which without flip and shift is rotate(x, -angle, BILINEAR).
     """
     n, _, height, width = images.shape
     radians = angle * (math.pi / 180)
@@ -96,7 +96,7 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` [n] of the full circle; largest channel and chroma stay as they are."""
+    """Turn the hue by `shift` [n] of the full circle; largest channel and chroma stay."""
     red, green, blue = images.unbind(1)
     largest = images.amax(1)
     smallest = images.amin(1)

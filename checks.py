@@ -56,7 +56,7 @@ def warn(message: str) -> None:
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Run a script's `main`; turn bad input and operating-system errors into one line, exit code 2."""
+    """Run a script's `main`; bad input and operating-system errors become one line, exit code 2."""
     try:
         main()
     except (InputError, OSError) as error:

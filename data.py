@@ -5,8 +5,8 @@ As a script it describes a data set without training:
     python data.py --data DIR          # counts, splits, clients, duplicates, a contact sheet
     python data.py                     # the same of the embedded synthetic smears, in seconds
 
-Reads any tree with one folder per class. The two public layouts of the ALL set (FACTS in README) are
-recognised, and their class names mapped to Benign, Early, Pre, Pro.
+Reads any tree with one folder per class. The two public layouts of the ALL set are recognised, and
+their class names mapped to Benign, Early, Pre, Pro.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # ---- reading ----------------------------------------------------------------------------------
 
 def find_class_folders(root: Path) -> dict[str, Path]:
-    """Class name → folder, in class order. Steps into `Original` and into single wrapping folders."""
+    """Class name → folder, in class order. Steps into `Original` and single wrapping folders."""
     if not root.is_dir():
         raise InputError(f"--data {root}: no such folder")
     while True:
@@ -169,7 +169,7 @@ def read_folder(root: str, size: int, skip_bad: bool = False) -> Images:
             array, digests[i], shape = decode(files[i], size)
             pixels[i] = torch.from_numpy(array.copy())
             return shape
-        except Exception as error:  # decoders raise all sorts of things on broken files
+        except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
             return error
 
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -183,7 +183,7 @@ def read_folder(root: str, size: int, skip_bad: bool = False) -> Images:
                 shapes[result] += 1
     if bad and not skip_bad:
         listed = "; ".join(f"{name} ({reason})" for name, reason in bad)
-        raise InputError(f"{len(bad)} unreadable image(s), use --skip-bad to go on without: {listed}")
+        raise InputError(f"{len(bad)} unreadable image(s), --skip-bad goes on without: {listed}")
     unreadable = {name for name, _ in bad}
     keep = [i for i, name in enumerate(names) if name not in unreadable]
     if bad:
@@ -234,7 +234,8 @@ def make_split(args: argparse.Namespace, images: Images) -> tuple[splits.Split, 
         raise InputError("--groups is used by --split grouped only")
     labels = images.labels.numpy()
     groups = read_groups(args.groups, images.paths) if args.groups else images.digests
-    split = splits.make_split(args.split, labels, args.split_seed, paths=images.paths, groups=groups)
+    split = splits.make_split(args.split, labels, args.split_seed, paths=images.paths,
+                              groups=groups)
     absent = set(range(len(images.classes))) - set(labels[split["train"]].tolist())
     if absent:
         raise InputError(f"class {images.classes[min(absent)]} is too small for the {args.split} "
@@ -246,7 +247,8 @@ def make_split(args: argparse.Namespace, images: Images) -> tuple[splits.Split, 
                                args.split_seed, alpha=args.alpha,
                                classes_per_client=args.classes_per_client)
     copies = len(images.digests) - len(set(images.digests))
-    twins = {p: splits.count_twins(images.digests, split[p], split["train"]) for p in ("val", "test")}
+    twins = {part: splits.count_twins(images.digests, split[part], split["train"])
+             for part in ("val", "test")}
     print(f"identical images: {copies} copies of another; with a twin in training: "
           f"{twins['val']} of {len(split['val'])} validation, "
           f"{twins['test']} of {len(split['test'])} test images")
@@ -276,7 +278,7 @@ def epoch_order(labels: Tensor, sampler: str, expand: int, generator: torch.Gene
 
 
 def batch_slices(order: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Consecutive batches; a last batch of one image is dropped (BatchNorm has no variance of it)."""
+    """Consecutive batches; a last batch of one is dropped: BatchNorm has no variance of it."""
     for batch in order.split(batch_size):
         if len(batch) > 1 or batch_size == 1 or len(order) == 1:
             yield batch

@@ -5,8 +5,8 @@
         each starts from θ and trains on its own images       run_round, train_local
         θ ← Σ n_k θ_k / Σ n_k, over the clients of the round  weighted_average
 
-A state is a value: a dict of tensors in, a new dict out. What a client draws comes from (seed, round,
-client, epoch) alone. `train_local` is the only training loop here; central training calls it too.
+A state is a value: a dict of tensors in, a new dict out. What a client draws comes from (seed,
+round, client, epoch) alone. `train_local` is the only training loop: central training calls it too.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Recipe:
     sampler: str = "shuffle"
     expand: int = 1  # times each image is drawn per epoch
     mu: float = 0.0  # FedProx
-    augmentation: Augmentation | None = Augmentation()
+    augmentation: Augmentation | None = None
     amp_dtype: torch.dtype | None = None  # of autocast; None = float32
 
 
@@ -150,8 +150,8 @@ def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State],
               ) -> tuple[State, dict[int, State], list[dict]]:
     """One round: (new global state, new BatchNorm states of `bn="local"`, a record per client).
 
-    `model` is working memory: each client's training starts by overwriting it with the global state.
-    An update that is not finite is left out, loudly, and the weights are those of the rest; raises
+    `model` is working memory: a client starts by overwriting it with the global state. An update
+    that is not finite is left out, loudly, and the weights are those of the rest; raises
     FloatingPointError if none is left.
     """
     records: list[dict] = []
@@ -225,7 +225,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe,
     """A fresh optimiser over the trainable parameters, and the scaler that float16 needs."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
-    common = {"lr": lr, "weight_decay": recipe.weight_decay, "fused": device.type in ("cpu", "cuda")}
+    common = {"lr": lr, "weight_decay": recipe.weight_decay,
+              "fused": device.type in ("cpu", "cuda")}
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, momentum=recipe.momentum, **common)
     else:
@@ -257,7 +258,8 @@ def train_local(model: nn.Module, images: data.Images, indices: np.ndarray, reci
     for epoch in epochs:
         order_key, dropout_key = random_keys(seed, round_index, client_id, epoch)
         generator = torch.Generator().manual_seed(order_key)
-        order = data.epoch_order(labels, recipe.sampler, recipe.expand, generator, recipe.batch_size)
+        order = data.epoch_order(labels, recipe.sampler, recipe.expand, generator,
+                                 recipe.batch_size)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(dropout_key)
             for positions in data.batch_slices(order, recipe.batch_size):
@@ -301,7 +303,7 @@ def train_step(model: nn.Module, batch: Tensor, targets: Tensor, recipe: Recipe,
 
 @torch.no_grad()
 def predict(model: nn.Module, images: data.Images, indices: np.ndarray) -> Tensor:
-    """Logits float32 [n, C] on the CPU, in eval mode and full precision; the state is not changed."""
+    """Logits float32 [n, C] on the CPU, in eval mode and full precision; the state stays."""
     device = next(model.parameters()).device
     model.eval()
     batches = torch.from_numpy(indices).split(EVAL_BATCH)

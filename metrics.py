@@ -135,7 +135,7 @@ def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray, seed: in
 
 
 def resampled_auc(counts: np.ndarray, positive: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """AUC of each resample, float [R] (NaN where undefined); counts: int [R, n], ties count half."""
+    """AUC per resample, float [R], NaN where undefined; counts: int [R, n]; ties count half."""
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))
     up = np.add.reduceat(counts[:, order] * positive[order], starts, axis=1)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def head_name(model: nn.Module) -> str:
-    """Name of the last linear layer, the head. Raises InputError where the network ends otherwise."""
+    """Name of the last linear layer, the head; InputError where the network ends otherwise."""
     leaves = [(name, m) for name, m in model.named_modules()
               if not list(m.children()) and not isinstance(m, (nn.Dropout, nn.Identity))]
     name, last = leaves[-1]
@@ -47,9 +47,9 @@ def build(name: str, num_classes: int, weights: str = "none", seed: int = 0,
           classes: list[str] | None = None) -> nn.Module:
     """A torchvision classifier with a new head of `num_classes`, channels_last, in train mode.
 
-    The head is one linear layer, Xavier-uniform with zero bias (section 3.3). Everything random comes
-    from `seed`; the global random state is left as it was. weights: "none", "imagenet" (the
-    IMAGENET1K_V1 of torchvision, downloaded once to torch's hub cache) or the path of a state dict
+    The head is one linear layer, Xavier-uniform with zero bias (section 3.3). Everything random
+    comes from `seed`; the global random state is left as it was. weights: "none", "imagenet"
+    (torchvision's IMAGENET1K_V1, downloaded once to torch's hub cache) or the path of a state dict
     or of a `model.pt`; a head in it that does not fit `classes` is dropped, and said so.
     """
     if name not in torchvision.models.list_models(module=torchvision.models):
@@ -102,7 +102,7 @@ def read_file(path: str | Path) -> dict:
     except pickle.UnpicklingError:
         raise InputError(f"{path}: refused, it holds more than tensors and plain values "
                          "(code is never loaded) or is damaged") from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path}: truncated or no PyTorch file ({reason})") from None
     if not isinstance(content, dict) or not content:
@@ -142,8 +142,8 @@ def batchnorm_keys(model: nn.Module) -> list[str]:
 def freeze(model: nn.Module, train_from: str | None = None, batchnorm: bool = False) -> None:
     """Switch off gradients of all parameters before module `train_from`, and of BatchNorm if asked.
 
-    Changes `model` in place. Frozen BatchNorm layers also need `train_mode`: without a gradient their
-    running statistics would still move.
+    Changes `model` in place. Frozen BatchNorm layers also need `train_mode`: without a gradient
+    their running statistics would still move.
     """
     if train_from is not None:
         names = [name for name, _ in model.named_parameters()]

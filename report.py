@@ -2,23 +2,20 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.special import softmax
 from sklearn.metrics import roc_curve
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
-
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 def plot_history(history: list[dict], best_round: int, path: Path, unit: str = "round") -> None:
     """The paper's Fig. 3: training and validation, loss and accuracy, against rounds."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure = Figure(figsize=(9, 3.4))
+    axes = figure.subplots(1, 2)
     rounds = [record[unit] for record in history]
     for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
         axis.plot(rounds, [r[f"train_{key}"] for r in history], "o-", ms=3,
@@ -37,7 +34,8 @@ def plot_confusion(confusion: list[list[int]], classes: list[str], title: str, p
     counts = np.array(confusion)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = max(3.6, 0.8 * len(classes))
-    figure, axis = plt.subplots(figsize=(size, size))
+    figure = Figure(figsize=(size, size))
+    axis = figure.subplots()
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(counts):
         axis.text(j, i, str(count), ha="center", va="center",
@@ -53,7 +51,8 @@ def plot_roc(logits: np.ndarray, labels: np.ndarray, classes: list[str], per_cla
              path: Path) -> None:
     """One-against-rest ROC curve of each class present."""
     p = softmax(logits.astype(np.float64), axis=1)
-    figure, axis = plt.subplots(figsize=(4.4, 4))
+    figure = Figure(figsize=(4.4, 4))
+    axis = figure.subplots()
     for c, name in enumerate(classes):
         auc = per_class[name]["auc"]
         if auc is not None:
@@ -69,7 +68,8 @@ def plot_clients(labels: np.ndarray, clients: list[np.ndarray], classes: list[st
                  path: Path) -> None:
     """Client × class counts of the training part."""
     counts = np.stack([np.bincount(labels[c], minlength=len(classes)) for c in clients])
-    figure, axis = plt.subplots(figsize=(5.5, max(1.8, 0.4 * len(clients) + 1)))
+    figure = Figure(figsize=(5.5, max(1.8, 0.4 * len(clients) + 1)))
+    axis = figure.subplots()
     left = np.zeros(len(clients))
     for c, name in enumerate(classes):
         axis.barh(range(len(clients)), counts[:, c], left=left, label=name)
@@ -161,15 +161,15 @@ def write_report(folder: Path, run: dict, results: dict, twins: int) -> None:
                   m["support"]] for name, m in test["per_class"].items()]
     malignant = test["malignant"]
     settings = [[k, v] for k, v in arguments.items() if v not in (None, False)]
-    sections = [
+    sections = [(
         f"# {folder.name}\n\n{loud if run['synthetic'] else ''}"
         f"`python {run['script']} {' '.join(run['argv'])}`\n\n"
         f"{run['images']} images of {run['data']}; {results['images_seen']} training passes in "
         f"{results['optimizer_steps']} optimiser steps, {results['seconds']:.0f} s on "
         f"{run['machine']['device']} ({run['machine']['name']}, {run['machine']['threads']} "
-        f"threads), torch {run['machine']['torch']}, commit {run['git']}.",
+        f"threads), torch {run['machine']['torch']}, commit {run['git']}."), (
         f"## Results\n\nBest = lowest validation loss, the earliest on ties; the test part was "
-        f"touched after training only.\n\n{markdown(SUMMARY, summary_rows(results, unit))}",
+        f"touched after training only.\n\n{markdown(SUMMARY, summary_rows(results, unit))}"),
         "### Per class (best model, test)\n\n" + markdown(
             ["class", "precision", "recall", "specificity", "F1", "AUC", "support"], per_class),
         "" if malignant is None else

@@ -55,7 +55,7 @@ def make_split(kind: str, labels: np.ndarray, seed: int, *, paths: list[str] | N
     return split
 
 
-def _stratified(indices: np.ndarray, labels: np.ndarray, size: int | float, seed: int):
+def _stratified(indices: np.ndarray, labels: np.ndarray, size: float, seed: int):
     try:
         return train_test_split(indices, test_size=size, stratify=labels[indices],
                                 random_state=seed)
@@ -64,7 +64,7 @@ def _stratified(indices: np.ndarray, labels: np.ndarray, size: int | float, seed
 
 
 def _grouped(groups: list[str], tenth: int, seed: int) -> list[list[int]]:
-    """Whole groups, in shuffled order, go to the first of test, validation with room, else train."""
+    """Whole groups, shuffled, go to the first of test and validation with room, else to train."""
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
@@ -83,7 +83,7 @@ def file_number(path: str) -> tuple:
 
 
 def _blocked(labels: np.ndarray, paths: list[str]) -> list[list[int]]:
-    """Per class, in file-number order: train, 30 dropped, 10 % validation, 30 dropped, 10 % test."""
+    """Per class in file-number order: train, 30 dropped, 10 % validation, 30 dropped, 10 % test."""
     train, val, test = [], [], []
     for c in np.unique(labels):
         order = sorted(np.flatnonzero(labels == c), key=lambda i: file_number(paths[i]))
@@ -91,8 +91,8 @@ def _blocked(labels: np.ndarray, paths: list[str]) -> list[list[int]]:
         end_val = len(order) - tenth - EMBARGO
         end_train = end_val - tenth - EMBARGO
         if tenth == 0 or end_train <= 0:
-            raise InputError(f"class number {c} has {len(order)} images, too few for a blocked split"
-                             f" with {EMBARGO} files dropped at each of two boundaries")
+            raise InputError(f"class number {c} has {len(order)} images, too few for a blocked "
+                             f"split with {EMBARGO} files dropped at each of two boundaries")
         train += order[:end_train]
         val += order[end_train + EMBARGO:end_val]
         test += order[end_val + EMBARGO:]
@@ -135,7 +135,8 @@ def partition(kind: str, labels: np.ndarray, train: np.ndarray, clients: int, se
     else:
         parts = deal(labels, train, _shards(labels[train], clients, classes_per_client, rng), rng)
         if min(map(len, parts)) == 0:
-            raise InputError(f"{clients} clients are too many: a class has fewer images than owners")
+            raise InputError(f"{clients} clients are too many: a class has fewer images than "
+                             "owners")
     return [np.sort(part).astype(np.int64) for part in parts]
 
 

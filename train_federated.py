@@ -104,10 +104,14 @@ def make_record(round_index: int, lr: float, clients: list[dict], val: dict,
             "seconds": seconds, "images_per_second": images / seconds}
 
 
+def val_losses(history: list[dict]) -> list[float]:
+    """Validation loss of each round so far; an undefined one (null) is the worst."""
+    return [np.inf if r["val_loss"] is None else r["val_loss"] for r in history]
+
+
 def best_round(history: list[dict]) -> int:
-    """Round of the lowest validation loss, the earliest on ties; an undefined loss is the worst."""
-    return min(history, key=lambda r: (np.inf if r["val_loss"] is None else r["val_loss"],
-                                       r["round"]))["round"]
+    """Round of the lowest validation loss, the earliest on ties."""
+    return history[int(np.argmin(val_losses(history)))]["round"]
 
 
 def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, clients: list,
@@ -145,23 +149,41 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, clien
     print(f"report: {folder}/report.md")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = runs.parse(__doc__, (data.add_arguments, models.add_arguments, add_arguments,
-                                fedavg.add_arguments), DEMONSTRATION, argv)
+def save_round(folder: Path, args: argparse.Namespace, model: torch.nn.Module,
+               classes: list[str], checkpoint: dict) -> None:
+    """model.pt if the round is the best so far, a line of history, last.pt: in this order, so that
+    a kill in between only repeats the round."""
+    if best_round(checkpoint["history"]) == checkpoint["round"]:
+        models.save(models.bundle(
+            model, checkpoint["state"], args.model, classes, local_bn=checkpoint["local_bn"],
+            round=checkpoint["round"], image_size=args.image_size, mean=data.IMAGENET_MEAN,
+            std=data.IMAGENET_STD), folder / "model.pt")
+    runs.append_history(folder, checkpoint["history"][-1])
+    models.save(checkpoint, folder / "last.pt")
+
+
+def prepare(args: argparse.Namespace) -> tuple:
+    """Images, split, clients and network that the flags describe, all checked before training."""
     if args.data is None:
         warn(f"SYNTHETIC DATA: no --data given. Drawn smears, {args.model} at {args.image_size} "
              f"pixels, weights {args.weights}, batch {args.batch_size}, rate {args.lr:g}: "
              "a demonstration, not medical data")
     device = models.pick_device(args.device)
-    recipe = fedavg.make_recipe(args, device)
     images = data.load(args)
     split, clients = data.make_split(args, images)
     model = models.build(args.model, len(images.classes), args.weights, args.seed, images.classes)
     models.freeze(model, args.train_from, batchnorm=args.bn == "freeze")
-    model.to(device)
     if min(map(len, clients)) == 1 and models.needs_batch(model):
         raise InputError("a client owns one image only, too few for BatchNorm: fewer clients, or "
                          "another --partition")
+    return images, split, clients, model.to(device), device
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = runs.parse(__doc__, (data.add_arguments, models.add_arguments, add_arguments,
+                                fedavg.add_arguments), DEMONSTRATION, argv)
+    images, split, clients, model, device = prepare(args)
+    recipe = fedavg.make_recipe(args, device)
     if args.resume is None:
         folder = runs.create(args, "federated", images, device)
         runs.write_split(folder, images, split, clients)
@@ -189,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
                 break
             began = time.perf_counter()
             chosen = fedavg.sample_clients(args.clients, args.fraction, args.seed, round_index)
-            lr = fedavg.plateau_lr([r["val_loss"] for r in history], args.lr, args.plateau)
+            lr = fedavg.plateau_lr(val_losses(history), args.lr, args.plateau)
             total = args.local_epochs * args.expand * sum(len(clients[k]) for k in chosen)
             with tqdm(total=total, desc=f"round {round_index}/{args.rounds}", unit="image",
                       disable=None, leave=False) as bar:
@@ -201,15 +223,9 @@ def main(argv: list[str] | None = None) -> None:
             val = evaluation.measure("val", evaluation.logits("val", state, local_bn))
             history.append(make_record(round_index, lr, records, val, seconds))
             print_round(history[-1], args.rounds)
-            if best_round(history) == round_index:
-                models.save(models.bundle(
-                    model, state, args.model, images.classes, local_bn=local_bn,
-                    round=round_index, image_size=args.image_size, mean=data.IMAGENET_MEAN,
-                    std=data.IMAGENET_STD), folder / "model.pt")
-            runs.append_history(folder, history[-1])
             checkpoint = {"round": round_index, "local_bn": local_bn, "history": history,
                           "state": {k: v.cpu() for k, v in state.items()}}
-            models.save(checkpoint, folder / "last.pt")
+            save_round(folder, args, model, images.classes, checkpoint)
     except KeyboardInterrupt:
         warn(f"\nstopped; go on with: python train_federated.py --resume {folder}")
         raise SystemExit(130) from None

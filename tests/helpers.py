@@ -1,0 +1,78 @@
+"""Toy images, toy networks and files on disk for the tests; nothing here is downloaded or real."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+import data
+import fedavg
+
+CPU = torch.device("cpu")
+PLAIN = fedavg.Recipe(batch_size=1000, optimizer="sgd", weight_decay=0, momentum=0, clip=0)
+
+
+def toy_images(n: int, classes: int = 3, size: int = 8, seed: int = 0) -> data.Images:
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % classes
+    pixels = rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    pixels[..., 0] = np.clip(pixels[..., 0] // 2 + 60 * labels[:, None, None], 0, 255)
+    return data.Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels),
+                       [f"c{y}/{i:03d}.png" for i, y in enumerate(labels)],
+                       [f"c{c}" for c in range(classes)], [str(i) for i in range(n)], "toy")
+
+
+def plain_net(classes: int = 3, seed: int = 0) -> nn.Module:
+    """No BatchNorm, no dropout: for the oracle."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Tanh(), nn.Flatten(),
+                         nn.Linear(36, classes))
+
+
+class BNNet(nn.Module):
+    """Two BatchNorm layers, one with a name that does not say so, and dropout."""
+
+    def __init__(self, classes: int = 3, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+        self.norm = nn.BatchNorm2d(4)
+        self.mid = nn.Conv2d(4, 4, 1)
+        self.downsample = nn.Sequential(nn.BatchNorm2d(4))
+        self.drop = nn.Dropout(0.2)
+        self.fc = nn.Linear(4, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.conv(x)))
+        x = torch.relu(self.downsample(self.mid(x)))
+        return self.fc(self.drop(x.mean((2, 3))))
+
+
+def clone(state: dict) -> dict:
+    return {key: value.clone() for key, value in state.items()}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def run_round(model, state, clients, images, recipe=PLAIN, chosen=None, **more):
+    settings = {"bn": "average", "lr": 0.1, "local_epochs": 1, "class_weights": None, "seed": 0,
+                "round_index": 1}
+    return fedavg.run_round(model, state, more.pop("local_bn", {}),
+                            list(range(len(clients))) if chosen is None else chosen, clients,
+                            images, recipe, **(settings | more))
+
+
+def write_tree(root: Path, counts: dict[str, int], size: int = 20, seed: int = 0) -> Path:
+    """A class-per-folder tree of small PNG files, the red channel telling the class."""
+    rng = np.random.default_rng(seed)
+    for c, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 120, (size, size, 3), dtype=np.uint8)
+            pixels[..., 0] += np.uint8(40 * c)
+            Image.fromarray(pixels).save(root / name / f"{name}-{i + 1:03d}.png")
+    return root

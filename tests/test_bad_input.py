@@ -1,0 +1,191 @@
+"""Whatever the user gets wrong: one clear line on stderr, exit code 2, nothing lost."""
+
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_tree
+from PIL import Image
+from test_train_federated import BASE, ROOT, same_run, train
+
+import checks
+import data
+import models
+import train_federated
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Data sets, weights and runs, good and bad, by name."""
+    root = tmp_path_factory.mktemp("place")
+    good = write_tree(root / "good", {"a": 15, "b": 15})
+    (root / "empty").mkdir()
+    write_tree(root / "one-class", {"a": 12})
+    write_tree(root / "tiny", {"a": 4, "b": 4})
+    write_tree(root / "rare", {"a": 30, "b": 1})
+    write_tree(root / "hollow", {"a": 12, "b": 0})
+    (root / "file.txt").write_text("x")
+    shutil.copytree(good, root / "broken")
+    (root / "broken" / "a" / "text.jpg").write_text("no picture")
+    (root / "broken" / "b" / "zero.png").write_bytes(b"")
+    whole = (good / "a" / "a-001.png").read_bytes()
+    (root / "broken" / "b" / "cut.png").write_bytes(whole[:-30])
+    shutil.copytree(good, root / "bomb")
+    Image.new("1", (14000, 14000)).save(root / "bomb" / "a" / "bomb.png")
+    (root / "groups.csv").write_text("a/a-001.png,1\n")
+    (root / "groups-bad.csv").write_text("no comma here\n")
+    torch.save({"conv1.weight": torch.zeros(2)}, root / "other.pt")
+    state = models.build("shufflenet_v2_x0_5", 1000).state_dict()
+    torch.save(state | {"conv1.0.weight": torch.zeros(3)}, root / "shape.pt")
+    torch.save({"state": Path("x")}, root / "code.pt")
+    (root / "cut.pt").write_bytes((root / "shape.pt").read_bytes()[:3000])
+    train(good, root / "run", "--rounds", 1)
+    (root / "damaged").mkdir()
+    (root / "damaged" / "run.json").write_text("{")
+    shutil.copytree(root / "run", root / "cut-run")
+    (root / "cut-run" / "last.pt").write_bytes((root / "run" / "last.pt").read_bytes()[:999])
+    shutil.copytree(good, root / "changed")
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(root / "changed" / "a" / "a-001.png")
+    return root
+
+
+GOOD = "--data good"
+CASES = [
+    # data
+    ("--data absent", "absent: no such folder"),
+    ("--data file.txt", "file.txt: no such folder"),
+    ("--data empty", "no class folder"),
+    ("--data good/a", "no class folder"),
+    ("--data one-class", "one class only (a)"),
+    ("--data hollow", "has no image in it"),
+    ("--data tiny", "8 images are too few"),
+    ("--data rare --split stratified", "too small for a stratified split"),
+    ("--data rare --split blocked", "too few for a blocked split"),
+    ("--data rare --split-seed 8", "the training part has none of it"),
+    ("--data broken", "3 unreadable image(s)"),
+    ("--data broken", "a/text.jpg"), ("--data broken", "b/zero.png"),
+    ("--data broken", "b/cut.png"),
+    ("--data bomb", "a/bomb.png"),
+    (GOOD + " --groups groups.csv", "--groups is used by --split grouped only"),
+    (GOOD + " --groups groups.csv --split grouped", "29 image(s) not in it, first a/a-002.png"),
+    (GOOD + " --groups groups-bad.csv --split grouped", "not rows of path,group"),
+    (GOOD + " --groups absent.csv --split grouped", "absent.csv"),
+    # flags
+    (GOOD + " --clients 99", "99 clients are more than the 24 training images"),
+    (GOOD + " --clients 24", "a client owns one image only"),
+    (GOOD + " --partition dirichlet --alpha 0.001 --clients 20", "without an empty one"),
+    (GOOD + " --partition shards --classes-per-client 3", "do not fit 2 classes"),
+    *[(f"{GOOD} {flag} {value}", f"argument {flag}") for flag, value in (
+        ("--clients", "0"), ("--clients", "-1"), ("--rounds", "0"), ("--local-epochs", "x"),
+        ("--batch-size", "0"), ("--batch-size", "2.5"), ("--image-size", "0"), ("--lr", "0"),
+        ("--lr", "-1"), ("--lr", "nan"), ("--weight-decay", "-1"), ("--momentum", "2"),
+        ("--clip", "-1"), ("--label-smoothing", "1.5"), ("--expand", "0"), ("--mu", "-1"),
+        ("--fraction", "0"), ("--fraction", "1.5"), ("--alpha", "0"), ("--alpha", "inf"),
+        ("--translation", "2"), ("--seed", "-1"), ("--split-seed", "-1"), ("--plateau", "-1"),
+        ("--early-stop", "-1"), ("--classes-per-client", "0"), ("--optimizer", "adagrad"),
+        ("--split", "odd"), ("--partition", "odd"), ("--sampler", "odd"), ("--bn", "odd"),
+        ("--amp", "fp8"), ("--class-weights", "odd"))],
+    (GOOD + " --round 3", "unrecognized arguments"),
+    (GOOD + " --model resnet49", "unknown model 'resnet49'"),
+    (GOOD + " --model squeezenet1_1", "one linear layer"),
+    (GOOD + " --train-from layer4", "no such module"),
+    (GOOD + " --device cuda:7", "--device cuda:7: not there"),
+    # weights
+    (GOOD + " --weights absent.pt", "absent.pt: no such file"),
+    (GOOD + " --weights other.pt", "another architecture"),
+    (GOOD + " --weights shape.pt", "wrong shape of conv1.0.weight"),
+    (GOOD + " --weights cut.pt", "truncated"),
+    (GOOD + " --weights code.pt", "refused"),
+    (GOOD + " --weights imagenet", "--weights PATH, or --weights none"),
+    # runs
+    (GOOD + " --out run", "--out run: exists already"),
+    (GOOD + " --out empty", "--out empty: exists already"),
+    ("--resume empty", "not a run folder"), ("--resume absent", "not a run folder"),
+    ("--resume file.txt", "not a run folder"), ("--resume damaged", "damaged, not JSON"),
+    ("--resume cut-run", "truncated"),
+    ("--resume run --lr 0.5", "--lr is 0.01 there, not 0.5"),
+    ("--resume run --mu 1 --rounds 9", "--rounds is 1 there, not 9"),
+    ("--resume run --data changed", "--data is"), ("--resume run --out new", "--out has no place"),
+]
+
+
+@pytest.mark.parametrize("line,words", CASES, ids=[f"{c[0]} : {c[1]}" for c in CASES])
+def test_one_clear_line_and_exit_code_2(place, monkeypatch, capsys, line, words):
+    def offline(*args, **kwargs):
+        raise models.URLError("no route to host")
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(place / "no-cache"))
+    monkeypatch.chdir(place)
+    before = sorted(p.name for p in place.iterdir())
+    argv = line.split()
+    if "--resume" not in argv:
+        argv = [*BASE, *argv]
+    with pytest.raises(SystemExit) as stop:
+        checks.guard(lambda: train_federated.main(argv))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1 and "error: " in error and "Traceback" not in error
+    assert words in error
+    assert sorted(p.name for p in place.iterdir()) == before
+
+
+def test_changed_images_are_noticed_on_resume(place, tmp_path):
+    shutil.copytree(place / "good", tmp_path / "set")
+    out = train(tmp_path / "set", tmp_path / "run", "--rounds", 1)
+    shutil.copy(place / "changed" / "a" / "a-001.png", tmp_path / "set" / "a" / "a-001.png")
+    with pytest.raises(checks.InputError, match="not those of the run"):
+        train_federated.main(["--resume", str(out)])
+
+
+def test_a_folder_that_may_not_be_read(place, monkeypatch):
+    """Root reads everything, so the refusal is played: what the system says reaches the user."""
+    def refused(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+    monkeypatch.setattr("os.scandir", refused)
+    with pytest.raises(PermissionError):
+        data.find_files(place / "good" / "a")
+
+
+def test_skip_bad_goes_on_and_records(place, tmp_path, capsys):
+    out = train(place / "broken", tmp_path / "run", "--rounds", 1, "--skip-bad")
+    assert "3 unreadable image(s) left out: a/text.jpg, b/cut.png, b/zero.png" in \
+        capsys.readouterr().err
+    assert '"a/text.jpg"' in (out / "run.json").read_text()
+    clean = train(place / "good", tmp_path / "clean", "--rounds", 1)
+    assert (clean / "predictions.csv").read_bytes() == (out / "predictions.csv").read_bytes()
+
+
+def test_disk_full_keeps_the_last_good_checkpoint(place, tmp_path):
+    """A real process under a file size limit that the first file fits and a later one does not."""
+    out = train(place / "good", tmp_path / "whole", "--rounds", 2)
+    part = tmp_path / "part"
+    limit = (out / "last.pt").stat().st_size - 100  # history makes the last one the largest
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    command = [sys.executable, ROOT / "train_federated.py", "--data", place / "good", *BASE,
+               "--rounds", "2", "--out", part]
+    done = subprocess.run(list(map(str, command)), preexec_fn=limited, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
+    assert models.read_file(part / "last.pt")["round"] < 2 and not list(part.glob("*.tmp"))
+    train_federated.main(["--resume", str(part)])
+    assert same_run(out, part)
+
+
+def test_help_names_every_group_and_the_script_runs_as_a_command(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train_federated.py", "--help"], check=True,
+                          capture_output=True, text=True, cwd=tmp_path)
+    for group in ("data", "split and clients", "model", "federation", "local training",
+                  "run folder", "machine"):
+        assert f"\n{group}:" in done.stdout
+    done = subprocess.run([sys.executable, ROOT / "train_federated.py", "--data", "nowhere"],
+                          capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "train_federated.py: error: --data nowhere: no such folder\n"

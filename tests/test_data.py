@@ -1,0 +1,216 @@
+"""Reading images, layouts, modes, batches."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import CPU, toy_images, write_tree
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+import data
+import synthetic
+from augment import Augmentation
+from checks import InputError
+
+ROOT = Path(data.__file__).parent
+
+
+def gradient(size=24):
+    ramp = np.linspace(0, 255, size).astype(np.uint8)
+    return np.stack([np.tile(ramp, (size, 1)), np.tile(ramp[:, None], (1, size)),
+                     np.full((size, size), 40, np.uint8)], 2)
+
+
+def decoded(tmp_path, image, name="x.png", size=24, **save):
+    image.save(tmp_path / name, **save)
+    return data.decode(tmp_path / name, size)[0].astype(int)
+
+
+# ---- modes ------------------------------------------------------------------------------------
+
+def test_every_mode_becomes_the_right_rgb(tmp_path):
+    rgb = gradient()
+    image, grey = Image.fromarray(rgb), Image.fromarray(rgb[..., 0])
+    wide = Image.fromarray(rgb[..., 0].astype(np.uint16) * 257)
+    thrice = np.repeat(rgb[..., :1], 3, 2)
+    alpha = image.copy()
+    alpha.putalpha(Image.fromarray(np.where(np.arange(24)[:, None] < 12, 255, 0).repeat(24, 1)
+                                   .astype(np.uint8)))
+    over_white = rgb.copy()
+    over_white[12:] = 255
+    palette = image.quantize(16)
+    assert np.array_equal(decoded(tmp_path, image), rgb)
+    assert np.array_equal(decoded(tmp_path, grey), thrice)
+    assert wide.mode.startswith("I") and np.array_equal(decoded(tmp_path, wide), thrice)
+    assert np.array_equal(decoded(tmp_path, wide, "x.tiff"), thrice)
+    assert np.array_equal(decoded(tmp_path, alpha), over_white)
+    assert np.array_equal(decoded(tmp_path, palette), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(decoded(tmp_path, grey.point(lambda v: 255 * (v > 99)).convert("1")),
+                          np.where(thrice > 99, 255, 0))
+    cmyk = decoded(tmp_path, image.convert("CMYK"), "x.jpg", quality=100)
+    assert abs(cmyk - rgb).max() < 25 and abs(cmyk - rgb).mean() < 4
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.fromarray(gradient())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show rotated by 270 degrees
+    turned = decoded(tmp_path, image, "x.png", exif=exif)
+    assert np.array_equal(turned, np.rot90(gradient(), -1))
+
+
+def test_images_are_resized_once_to_the_working_size(tmp_path):
+    small = decoded(tmp_path, Image.fromarray(gradient(48)), size=24)
+    expected = Image.fromarray(gradient(48)).resize((24, 24), Image.BILINEAR)
+    assert np.array_equal(small, np.asarray(expected))
+
+
+# ---- layouts ----------------------------------------------------------------------------------
+
+def test_both_public_layouts_give_the_same_classes(tmp_path):
+    first = write_tree(tmp_path / "a" / "Original", {"Benign": 2, "Early": 3, "Pre": 2, "Pro": 1})
+    write_tree(tmp_path / "a" / "Segmented", {"Benign": 2, "Early": 3, "Pre": 2, "Pro": 1})
+    write_tree(tmp_path / "b" / "Blood cell Cancer [ALL]", {
+        "Benign": 2, "[Malignant] Pre-B": 2, "[Malignant] Pro-B": 1, "[Malignant] early Pre-B": 3})
+    for root in (tmp_path / "a", first, tmp_path / "b"):
+        images = data.read_folder(str(root), 20)
+        assert images.classes == list(data.CLASSES)
+        assert images.labels.tolist() == [0, 0, 1, 1, 1, 2, 2, 3]
+        assert images.name == root.name
+
+
+def test_other_names_work_as_they_are_in_imagefolder_order(tmp_path):
+    write_tree(tmp_path, {"zebra": 3, "Pre": 2, "ant": 2})
+    (tmp_path / "ant" / "sub").mkdir()
+    Image.fromarray(gradient()).save(tmp_path / "ant" / "sub" / "deep.PNG")
+    (tmp_path / "ant" / ".hidden.png").write_bytes(b"x")
+    (tmp_path / "ant" / "notes.txt").write_text("x")
+    (tmp_path / "Thumbs.db").write_text("x")
+    (tmp_path / ".git").mkdir()
+    images = data.read_folder(str(tmp_path), 20)
+    assert images.classes == ["Pre", "ant", "zebra"] and images.ignored == 3
+    (tmp_path / ".git").rmdir()
+    reference = ImageFolder(tmp_path, is_valid_file=lambda p: p.lower().endswith(".png")
+                            and not Path(p).name.startswith("."))
+    assert [str(tmp_path / p) for p in images.paths] == [p for p, _ in reference.samples]
+    assert images.labels.tolist() == [y for _, y in reference.samples]
+
+
+def test_fingerprint_follows_content_only(tmp_path):
+    write_tree(tmp_path / "a", {"x": 3, "y": 3})
+    write_tree(tmp_path / "b", {"x": 3, "y": 3})
+    one, two = (data.read_folder(str(tmp_path / d), s) for d, s in (("a", 20), ("b", 10)))
+    assert one.fingerprint() == two.fingerprint()
+    Image.fromarray(gradient(20)).save(tmp_path / "b" / "x" / "x-001.png")
+    assert data.read_folder(str(tmp_path / "b"), 10).fingerprint() != one.fingerprint()
+
+
+def test_digests_are_of_pixels_not_of_files(tmp_path):
+    write_tree(tmp_path, {"x": 2, "y": 2})
+    image = Image.open(tmp_path / "x" / "x-001.png")
+    image.save(tmp_path / "y" / "copy.bmp")
+    images = data.read_folder(str(tmp_path), 8)
+    assert images.digests[images.paths.index("x/x-001.png")] == \
+        images.digests[images.paths.index("y/copy.bmp")]
+    assert len(set(images.digests)) == 4
+
+
+# ---- batches ----------------------------------------------------------------------------------
+
+def test_pixel_scaling_of_black_and_white():
+    images = toy_images(2)
+    images.pixels[0], images.pixels[1] = 0, 255
+    batch = data.eval_batch(images, torch.tensor([0, 1]), CPU)
+    for c in range(3):
+        mean, std = data.IMAGENET_MEAN[c], data.IMAGENET_STD[c]
+        assert batch[0, c].unique().item() == pytest.approx(-mean / std, abs=1e-6)
+        assert batch[1, c].unique().item() == pytest.approx((1 - mean) / std, abs=1e-6)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_validation_is_never_augmented_and_the_source_survives():
+    images = toy_images(6)
+    before = images.pixels.clone()
+    index = torch.tensor([3, 3, 1])
+    first, second = (data.eval_batch(images, index, CPU) for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(first[0], first[1])
+    train = data.train_batch(images, index, Augmentation(), torch.Generator(), CPU)
+    assert not torch.equal(train, first) and not torch.equal(train[0], train[1])
+    assert torch.equal(data.train_batch(images, index, None, torch.Generator(), CPU), first)
+    assert torch.equal(images.pixels, before)
+    expected = images.pixels[[3, 3, 1]].float() / 255
+    torch.testing.assert_close(data.gather(images, index, CPU), expected, rtol=0, atol=1e-7)
+
+
+def test_samplers():
+    labels = torch.tensor([0] * 90 + [1] * 10)
+
+    def order(sampler, expand=1, seed=0):
+        return data.epoch_order(labels, sampler, expand, torch.Generator().manual_seed(seed), 20)
+    assert sorted(order("shuffle").tolist()) == list(range(100))
+    assert not torch.equal(order("shuffle"), order("shuffle", seed=1))
+    twice = torch.bincount(order("shuffle", expand=2))
+    assert twice.tolist() == [2] * 100
+    share = np.mean([(labels[order("balanced", seed=s)] == 1).float().mean() for s in range(20)])
+    assert 0.47 < share < 0.53
+    natural, drawn = [], []
+    for seed in range(20):
+        batches = labels[order("dual", seed=seed)].view(-1, 20)
+        natural.append((batches[:, :10] == 1).float().mean())
+        drawn.append((batches[:, 10:] == 1).float().mean())
+    assert 0.07 < np.mean(natural) < 0.13 and 0.45 < np.mean(drawn) < 0.55
+    for sampler in data.SAMPLERS:
+        assert len(order(sampler, expand=3)) == 300
+
+
+def test_last_batch_of_one_is_dropped():
+    assert [len(b) for b in data.batch_slices(torch.arange(9), 4)] == [4, 4]
+    assert [len(b) for b in data.batch_slices(torch.arange(10), 4)] == [4, 4, 2]
+    assert [len(b) for b in data.batch_slices(torch.arange(3), 1)] == [1, 1, 1]
+    assert [len(b) for b in data.batch_slices(torch.arange(1), 4)] == [1]
+
+
+# ---- the embedded set, the script -------------------------------------------------------------
+
+def test_synthetic_set_is_fixed_and_uneven():
+    pixels, names, paths = synthetic.draw(24)
+    again = synthetic.draw(24)
+    assert np.array_equal(pixels, again[0]) and len(set(paths)) == 400
+    assert {n: names.count(n) for n in names} == synthetic.COUNTS
+    assert not np.array_equal(pixels, synthetic.draw(24, seed=1)[0])
+    assert len({p.tobytes() for p in pixels}) == 400
+
+
+def test_describe_names_what_it_finds(tmp_path):
+    write_tree(tmp_path / "set", {"x": 30, "y": 30})
+    (tmp_path / "set" / "x" / "bad.png").write_text("no picture")
+    Image.open(tmp_path / "set" / "x" / "x-001.png").save(tmp_path / "set" / "y" / "twin.png")
+    done = subprocess.run([sys.executable, ROOT / "data.py", "--data", tmp_path / "set",
+                           "--clients", "2", "--sheet", tmp_path / "sheet.png"],
+                          capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "set: 61 images" in done.stdout and "61 of 20x20 RGB" in done.stdout
+    assert "unreadable: x/bad.png" in done.stdout and "1 copies of another" in done.stdout
+    assert "client 1" in done.stdout
+    assert Image.open(tmp_path / "sheet.png").size == (8 * 224, 2 * 224)
+
+
+def test_unreadable_files_are_all_named_at_once(tmp_path):
+    write_tree(tmp_path, {"x": 12, "y": 12})
+    (tmp_path / "x" / "text.jpg").write_text("no picture")
+    (tmp_path / "y" / "zero.png").write_bytes(b"")
+    whole = (tmp_path / "x" / "x-001.png").read_bytes()
+    (tmp_path / "y" / "cut.png").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(InputError) as error:
+        data.read_folder(str(tmp_path), 20)
+    assert str(error.value).startswith("3 unreadable")
+    assert all(n in str(error.value) for n in ("x/text.jpg", "y/zero.png", "y/cut.png"))
+    images = data.read_folder(str(tmp_path), 20, skip_bad=True)
+    assert len(images.paths) == 24 and [p for p, _ in images.bad] == [
+        "x/text.jpg", "y/cut.png", "y/zero.png"]
+    pure = data.read_folder(str(write_tree(tmp_path / "pure", {"x": 12, "y": 12})), 20)
+    assert torch.equal(images.pixels, pure.pixels) and images.digests == pure.digests

@@ -1,0 +1,173 @@
+"""Metrics against the paper's own confusion matrix, scikit-learn, and hand-built cases."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax, softmax
+from sklearn import metrics as sk
+
+import metrics
+
+NAMES = ["Benign", "Early", "Pre", "Pro"]
+PAPER = np.array([[58, 0, 1, 0], [1, 97, 0, 0], [0, 0, 84, 0], [0, 0, 0, 84]])  # section V
+
+
+def expand(confusion):
+    true = np.repeat(np.repeat(np.arange(4), 4), confusion.ravel())
+    predicted = np.repeat(np.tile(np.arange(4), 4), confusion.ravel())
+    return true, predicted
+
+
+def noisy(n=400, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, n)
+    return rng.normal(size=(n, 4)) + 1.5 * np.eye(4)[labels], labels
+
+
+def test_the_only_confusion_matrix_that_fits_the_paper():
+    labels, predicted = expand(PAPER)
+    m = metrics.measure(8 * np.eye(4)[predicted], labels, NAMES)
+    assert m["confusion"] == PAPER.tolist() and m["n"] == 325
+    assert m["accuracy"]["value"] == 323 / 325
+    assert round(m["accuracy"]["low"], 4) == 0.9778 and round(m["accuracy"]["high"], 4) == 0.9983
+    assert round(m["macro_f1"], 4) == 0.9930 and round(m["kappa"], 4) == 0.9917
+    assert [round(m[f"weighted_{k}"], 4) for k in ("precision", "recall", "f1")] == [
+        0.9939, 0.9938, 0.9938]
+    table = {name: tuple(round(m["per_class"][name][k], 4) for k in ("precision", "recall", "f1"))
+             for name in NAMES}
+    assert table == {"Benign": (0.9831,) * 3, "Early": (1.0, 0.9898, 0.9949),
+                     "Pre": (0.9882, 1.0, 0.9941), "Pro": (1.0, 1.0, 1.0)}
+    assert m["malignant"]["sensitivity"]["value"] == 265 / 266
+    assert m["malignant"]["specificity"]["value"] == 58 / 59
+    assert m["per_class"]["Pre"]["specificity"] == 240 / 241
+
+
+@pytest.mark.parametrize("k,n,low,high", [(323, 325, 0.9778, 0.9983), (641, 652, 0.9700, 0.9906),
+                                          (635, 652, 0.9586, 0.9837), (628, 652, 0.9458, 0.9751)])
+def test_wilson_intervals(k, n, low, high):
+    interval = metrics.wilson(k, n)
+    assert (round(interval["low"], 4), round(interval["high"], 4)) == (low, high)
+    z = 1.959963984540054  # the formula, by hand
+    centre = (k / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
+    assert interval["low"] == pytest.approx(centre - half, abs=1e-12)
+    assert interval["high"] == pytest.approx(centre + half, abs=1e-12)
+    assert interval["value"] == k / n
+
+
+def test_everything_agrees_with_scikit_learn():
+    logits, labels = noisy()
+    p, predicted = softmax(logits, 1), logits.argmax(1)
+    m = metrics.measure(logits, labels, NAMES)
+    for kind in ("macro", "weighted"):
+        expected = sk.precision_recall_fscore_support(labels, predicted, average=kind)[:3]
+        for key, value in zip(("precision", "recall", "f1"), expected, strict=True):
+            assert m[f"{kind}_{key}"] == pytest.approx(value, abs=1e-12)
+    assert m["kappa"] == pytest.approx(sk.cohen_kappa_score(labels, predicted), abs=1e-12)
+    assert m["roc_auc"] == pytest.approx(
+        sk.roc_auc_score(labels, p, multi_class="ovr", average="macro"), abs=1e-12)
+    assert m["loss"] == pytest.approx(sk.log_loss(labels, p), abs=1e-9)
+    assert m["accuracy"]["value"] == sk.accuracy_score(labels, predicted)
+    assert m["brier"] == pytest.approx(((p - np.eye(4)[labels]) ** 2).sum(1).mean(), abs=1e-12)
+    assert m["confusion"] == sk.confusion_matrix(labels, predicted).tolist()
+
+
+def test_loss_does_not_underflow():
+    m = metrics.measure(np.array([[0.0, 500.0], [0.0, 0.0]]), np.array([0, 1]), ["a", "b"])
+    assert m["loss"] == pytest.approx((500 + np.log(2)) / 2)
+
+
+def test_pooled_differs_from_the_mean_over_clients():
+    """Two clients of different difficulty: the pooled figures are the reported ones."""
+    logits, labels = noisy(300)
+    easy = logits.copy()
+    easy[:60] = 9 * np.eye(4)[labels[:60]]
+    pooled = metrics.measure(easy, labels, NAMES)
+    parts = [metrics.measure(easy[s], labels[s], NAMES) for s in (slice(0, 60), slice(60, 300))]
+    for key in ("macro_f1", "kappa", "roc_auc"):
+        assert abs(np.mean([p[key] for p in parts]) - pooled[key]) > 0.005
+    right = sum(p["accuracy"]["value"] * p["n"] for p in parts)
+    assert right == pytest.approx(pooled["accuracy"]["value"] * 300)
+
+
+def test_absent_class_gives_null_never_a_crash_or_a_zero():
+    logits, labels = noisy(100)
+    keep = labels != 3
+    logits, labels = logits[keep].copy(), labels[keep]
+    logits[:, 2] -= 50  # and Pre is never predicted
+    logits[:10] = 9 * np.eye(4)[3]  # but the absent Pro is
+    m = metrics.measure(logits, labels, NAMES)
+    pro, pre = m["per_class"]["Pro"], m["per_class"]["Pre"]
+    assert pro["recall"] is None and pro["f1"] is None and pro["auc"] is None
+    assert pro["precision"] == 0.0 and pro["support"] == 0 and pro["specificity"] < 1
+    assert pre["precision"] is None and pre["recall"] == 0.0 and pre["f1"] == 0.0
+    present = [0, 1, 2]
+    predicted = logits.argmax(1)
+    assert m["macro_f1"] == pytest.approx(
+        sk.f1_score(labels, predicted, labels=present, average="macro"), abs=1e-12)
+    aucs = [sk.roc_auc_score(labels == c, softmax(logits, 1)[:, c]) for c in present]
+    assert m["roc_auc"] == pytest.approx(np.mean(aucs), abs=1e-12)
+    json.dumps(m, allow_nan=False)
+
+
+def test_one_class_only_and_one_image():
+    m = metrics.measure(np.array([[2.0, 0.0]] * 5), np.zeros(5, int), ["Benign", "Early"])
+    assert m["kappa"] is None and m["roc_auc"] is None
+    assert m["malignant"]["sensitivity"] == {"value": None, "low": None, "high": None}
+    assert m["intervals"]["roc_auc"] == {"low": None, "high": None}
+    json.dumps(m, allow_nan=False)
+    json.dumps(metrics.measure(np.array([[2.0, 0.0]]), np.array([1]), ["a", "b"]), allow_nan=False)
+    assert metrics.measure(np.array([[2.0, 0.0]]), np.array([1]), ["a", "b"])["malignant"] is None
+
+
+def test_non_finite_logits_give_null_not_a_crash():
+    m = metrics.measure(np.full((6, 2), np.nan), np.arange(6) % 2, ["a", "b"])
+    assert m["loss"] is None and m["roc_auc"] is None and m["brier"] is None
+    json.dumps(m, allow_nan=False)
+
+
+def test_calibration_error_by_hand():
+    p = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]])
+    labels = np.array([0, 1, 0])
+    assert metrics.calibration_error(p, labels) == pytest.approx((abs(1 - 1.8) + 0.4) / 3)
+
+
+def test_resampled_auc_equals_scikit_learn_with_ties():
+    rng = np.random.default_rng(0)
+    score, positive = rng.integers(0, 8, 60) / 8, rng.random(60) < 0.4
+    counts = rng.multinomial(60, np.full(60, 1 / 60), 20)
+    ours = metrics.resampled_auc(counts, positive, score)
+    for row, value in zip(counts, ours, strict=True):
+        index = np.repeat(np.arange(60), row)
+        assert value == pytest.approx(sk.roc_auc_score(positive[index], score[index]), abs=1e-12)
+
+
+def test_bootstrap_intervals_repeat_hold_the_value_and_match_a_plain_loop(monkeypatch):
+    logits, labels = noisy(200)
+    p, predicted = softmax(logits, 1), logits.argmax(1)
+    m = metrics.measure(logits, labels, NAMES)
+    assert m["intervals"] == metrics.measure(logits, labels, NAMES)["intervals"]
+    for key in ("macro_f1", "kappa", "roc_auc"):
+        assert m["intervals"][key]["low"] < m[key] < m["intervals"][key]["high"]
+    counts = np.random.default_rng(0).multinomial(200, np.full(200, 1 / 200), metrics.BOOTSTRAP)
+    plain = {"macro_f1": [], "kappa": [], "roc_auc": []}
+    for row in counts[:200]:
+        i = np.repeat(np.arange(200), row)
+        plain["macro_f1"].append(sk.f1_score(labels[i], predicted[i], average="macro"))
+        plain["kappa"].append(sk.cohen_kappa_score(labels[i], predicted[i]))
+        plain["roc_auc"].append(sk.roc_auc_score(labels[i], p[i], multi_class="ovr"))
+    monkeypatch.setattr(metrics, "BOOTSTRAP", 200)
+    short = metrics.bootstrap(labels, predicted, p)
+    fresh = np.random.default_rng(0).multinomial(200, np.full(200, 1 / 200), 200)
+    assert np.array_equal(fresh, counts[:200])
+    for key, values in plain.items():
+        low, high = np.percentile(values, (2.5, 97.5))
+        assert short[key]["low"] == pytest.approx(low, abs=1e-9)
+        assert short[key]["high"] == pytest.approx(high, abs=1e-9)
+
+
+def test_log_softmax_is_the_one_used():
+    logits, labels = noisy(50)
+    expected = -log_softmax(logits, 1)[np.arange(50), labels].mean()
+    assert metrics.measure(logits, labels, NAMES)["loss"] == pytest.approx(expected, abs=1e-12)

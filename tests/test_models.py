@@ -1,0 +1,196 @@
+"""Networks: sizes, heads, BatchNorm by isinstance, weights in and out, refusals."""
+
+import io
+
+import pytest
+import torch
+import torchvision
+from helpers import BNNet, equal
+from torch import nn
+
+import models
+from checks import InputError
+
+
+@pytest.mark.parametrize("name,parameters,batchnorms,entries", [
+    ("resnet50", 23_516_228, 53, 320), ("vgg16", None, 0, 32),
+    ("efficientnet_b0", None, 49, None), ("resnet18", None, 20, 122),
+    ("mobilenet_v2", None, 52, None)])
+def test_parameter_batchnorm_and_entry_counts(name, parameters, batchnorms, entries):
+    with torch.device("meta"):
+        reference = torchvision.models.get_model(name, num_classes=4)
+    model = models.build(name, 4) if name != "vgg16" else reference  # 134 million: shapes suffice
+    count = sum(p.numel() for p in model.parameters())
+    assert count == sum(p.numel() for p in reference.parameters())
+    assert parameters in (None, count)
+    assert sum(isinstance(m, models.BATCHNORM) for m in model.modules()) == batchnorms
+    assert len(models.batchnorm_keys(model)) == 5 * batchnorms
+    assert entries in (None, len(model.state_dict()))
+    missed = [n for n, m in model.named_modules()
+              if isinstance(m, models.BATCHNORM) and "bn" not in n]
+    assert len(missed) == {"resnet50": 4, "efficientnet_b0": 49}.get(name, len(missed))
+
+
+def test_table_3_of_the_paper(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["models.py", "resnet50", "--image-size", "32"])
+    models.main()
+    out = capsys.readouterr().out
+    assert "fc            (4,)                         8,196         8,196" in out
+    assert "23,516,228    23,516,228" in out and "BatchNorm layers: 53" in out
+    monkeypatch.setattr("sys.argv", ["models.py", "resnet50", "--image-size", "32",
+                                     "--train-from", "fc"])
+    models.main()
+    assert "23,516,228         8,196" in capsys.readouterr().out
+
+
+def test_head_is_xavier_uniform_and_everything_comes_from_the_seed():
+    before = torch.get_rng_state()
+    one, two, other = (models.build("resnet18", 4, seed=s) for s in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert equal(one.state_dict(), two.state_dict())
+    assert not torch.equal(one.conv1.weight, other.conv1.weight)
+    assert not torch.equal(one.fc.weight, other.fc.weight)
+    bound = (6 / (512 + 4)) ** 0.5
+    assert not one.fc.bias.any() and 0.95 * bound < one.fc.weight.abs().max() <= bound
+    assert one.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_networks_without_one_linear_head_are_refused():
+    with pytest.raises(InputError, match="does not end in one linear layer"):
+        models.build("squeezenet1_1", 4)
+    with pytest.raises(InputError, match="unknown model 'resnet49'"):
+        models.build("resnet49", 4)
+
+
+# ---- freezing -----------------------------------------------------------------------------
+
+def test_train_from_freezes_all_that_comes_before():
+    model = models.build("resnet18", 4)
+    models.freeze(model, "layer4")
+    free = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert free == {"layer4", "fc"}
+    models.train_mode(model)
+    for name, module in model.named_modules():
+        if isinstance(module, models.BATCHNORM):
+            assert module.training == name.startswith("layer4"), name
+    with pytest.raises(InputError, match="conv1, .*layer4"):
+        models.freeze(model, "layer5")
+
+
+def test_needs_batch():
+    model = BNNet()
+    assert models.needs_batch(model)
+    models.freeze(model, batchnorm=True)
+    assert not models.needs_batch(model) and not models.needs_batch(nn.Linear(2, 2))
+
+
+# ---- weights --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def imagenet_like():
+    torch.manual_seed(3)
+    return torchvision.models.resnet18(num_classes=1000)
+
+
+def test_imagenet_weights_come_from_the_hub_cache(imagenet_like, tmp_path, monkeypatch, capsys):
+    """The real loading code, fed with a file of ours where torchvision's download would lie."""
+    url = torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"].url
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(imagenet_like.state_dict(), folder / url.rsplit("/", 1)[-1])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = models.build("resnet18", 4, "imagenet")
+    theirs, ours = imagenet_like.state_dict(), model.state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs if not k.startswith("fc."))
+    assert ours["fc.weight"].shape == (4, 512)
+    assert "head of 1000 classes dropped" in capsys.readouterr().out
+
+
+def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise models.URLError("no route")
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(InputError, match="--weights PATH, or --weights none"):
+        models.build("resnet18", 4, "imagenet")
+
+
+def test_state_dict_file_in_half_precision(imagenet_like, tmp_path, capsys):
+    half = {k: v.half() if v.is_floating_point() else v
+            for k, v in imagenet_like.state_dict().items()}
+    torch.save(half, tmp_path / "w.pth")
+    state = models.build("resnet18", 4, str(tmp_path / "w.pth")).state_dict()
+    assert torch.equal(state["layer1.0.conv1.weight"], half["layer1.0.conv1.weight"].float())
+    assert all(v.dtype in (torch.float32, torch.int64) for v in state.values())
+    assert "dropped" in capsys.readouterr().out
+
+
+def test_model_pt_of_ours_round_trip(tmp_path, capsys):
+    model = models.build("resnet18", 4, seed=5)
+    classes = ["a", "b", "c", "d"]
+    content = models.bundle(model, model.state_dict(), "resnet18", classes, image_size=32)
+    models.save(content, tmp_path / "model.pt")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    loaded = models.read_file(tmp_path / "model.pt")
+    assert equal(loaded["state"], model.state_dict())
+    assert {k: v.shape for k, v in loaded["state"].items()} == {
+        k: v.shape for k, v in model.state_dict().items()}
+    path = str(tmp_path / "model.pt")
+    again = models.build("resnet18", 4, path, seed=0, classes=classes)
+    assert equal(again.state_dict(), model.state_dict())
+    other = models.build("resnet18", 4, path, seed=0, classes=["a", "b", "c", "e"])
+    assert not torch.equal(other.fc.weight, model.fc.weight)
+    assert torch.equal(other.conv1.weight, model.conv1.weight)
+    assert "head dropped" in capsys.readouterr().out
+    with pytest.raises(InputError, match="holds resnet18, not resnet34"):
+        models.build("resnet34", 4, path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("this code ran",))
+
+
+def bad_files(folder, state):
+    whole = io.BytesIO()
+    torch.save(state, whole)
+    torch.save(state, folder / "good.pt")
+    (folder / "cut.pt").write_bytes(whole.getvalue()[:5000])
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "text.pt").write_text("not weights")
+    torch.save({"state": Bomb()}, folder / "code.pt")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({k: v for k, v in state.items() if k != "conv1.weight"}, folder / "missing.pt")
+    torch.save(state | {"more": torch.zeros(1)}, folder / "extra.pt")
+    torch.save(state | {"conv1.weight": torch.zeros(1)}, folder / "shape.pt")
+
+
+@pytest.mark.parametrize("name,words", [
+    ("absent.pt", "no such file"), ("cut.pt", "truncated"), ("empty.pt", "truncated"),
+    ("text.pt", "refused|truncated"), ("code.pt", "refused"), ("list.pt", "no state dict"),
+    ("missing.pt", "another architecture.*conv1.weight"), ("extra.pt", "architecture.*more"),
+    ("shape.pt", "wrong shape of conv1.weight")])
+def test_bad_weight_files_are_refused(imagenet_like, tmp_path, capsys, name, words):
+    bad_files(tmp_path, imagenet_like.state_dict())
+    models.build("resnet18", 4, str(tmp_path / "good.pt"))
+    with pytest.raises(InputError, match=words):
+        models.build("resnet18", 4, str(tmp_path / name))
+    assert "this code ran" not in capsys.readouterr().out
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    models.save({"a": torch.ones(2)}, path)
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        models.save({"a": torch.zeros(2)}, path)
+    assert torch.equal(models.read_file(path)["a"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_device_that_is_not_there():
+    with pytest.raises(InputError, match="--device cuda:99: not there"):
+        models.pick_device("cuda:99")
+    with pytest.raises(InputError, match="not there"):
+        models.pick_device("abacus")
+    assert models.pick_device("cpu").type == "cpu"

@@ -1,0 +1,196 @@
+"""Splits and partitions: the paper's counts and hash, disjointness, determinism, refusals."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import splits
+from checks import InputError
+
+PAPER = np.repeat(np.arange(4), (504, 985, 963, 804))  # ImageFolder order of the 3,256 images
+PATHS = [f"c{y}/WBC-{i:03d}.jpg" for y, n in enumerate((504, 985, 963, 804))
+         for i in range(1, n + 1)]
+
+
+def counts(part):
+    return np.bincount(PAPER[part], minlength=4).tolist()
+
+
+def test_seed_42_gives_the_papers_counts_and_the_known_hash():
+    split = splits.make_split("random", PAPER, 42)
+    assert counts(split["train"]) == [389, 782, 782, 653]
+    assert counts(split["val"]) == [56, 105, 97, 67]
+    assert counts(split["test"]) == [59, 98, 84, 84]
+    assert hashlib.sha256(split["test"].tobytes()).hexdigest() == \
+        "9e08145627e4ed050db7a5cf4c7771a552783ad75b8a0aadecf6f65e1b9420af"
+
+
+def test_random_split_is_torchs():
+    parts = torch.utils.data.random_split(range(101), [81, 10, 10],
+                                          torch.Generator().manual_seed(7))
+    split = splits.make_split("random", np.arange(101) % 4, 7)
+    for name, part in zip(("train", "val", "test"), parts, strict=True):
+        assert split[name].tolist() == sorted(part.indices)
+
+
+def make(kind, seed=42):
+    return splits.make_split(kind, PAPER, seed, paths=PATHS,
+                             groups=[str(i // 3) for i in range(len(PAPER))])
+
+
+@pytest.mark.parametrize("kind", splits.SPLITS)
+def test_parts_are_sorted_disjoint_and_cover(kind):
+    split = make(kind)
+    parts = [split["train"], split["test"]]
+    if kind == "stratified80":
+        assert np.array_equal(split["val"], split["test"])
+    else:
+        parts.append(split["val"])
+    joined = np.concatenate(parts)
+    assert len(set(joined.tolist())) == len(joined)
+    assert len(joined) == len(PAPER) - (8 * splits.EMBARGO if kind == "blocked" else 0)
+    for part in split.values():
+        assert part.dtype == np.int64 and np.array_equal(part, np.sort(part)) and len(part)
+
+
+@pytest.mark.parametrize("kind", ["random", "stratified", "stratified80", "grouped"])
+def test_split_seed_matters_and_repeats(kind):
+    assert all(np.array_equal(make(kind)[p], make(kind)[p]) for p in ("train", "val", "test"))
+    assert not np.array_equal(make(kind)["test"], make(kind, 43)["test"])
+
+
+def test_stratified_keeps_class_shares():
+    split = make("stratified")
+    assert [len(split[p]) for p in ("train", "val", "test")] == [2606, 325, 325]
+    for part in split.values():
+        shares = np.array(counts(part)) / len(part)
+        assert abs(shares - np.array([504, 985, 963, 804]) / 3256).max() < 0.003
+    eighty = make("stratified80")
+    assert [len(eighty[p]) for p in ("train", "val", "test")] == [2604, 652, 652]
+
+
+def test_grouped_keeps_groups_together():
+    split = make("grouped")
+    owners = {p: {i // 3 for i in part.tolist()} for p, part in split.items()}
+    assert not owners["train"] & owners["val"] and not owners["train"] & owners["test"]
+    assert not owners["val"] & owners["test"]
+    for part in ("val", "test"):  # as many whole groups of 3 (the last has 1) as fit into 325
+        assert 323 <= len(split[part]) <= 325
+
+
+def test_blocked_is_by_file_number_with_embargo():
+    split = make("blocked")
+    for c, n in enumerate((504, 985, 963, 804)):
+        numbers = {p: [int(PATHS[i][-7:-4]) for i in part if PAPER[i] == c]
+                   for p, part in split.items()}
+        tenth = n // 10
+        assert numbers["test"] == list(range(n - tenth + 1, n + 1))
+        assert numbers["val"] == list(range(n - 2 * tenth - 29, n - tenth - 29))
+        assert numbers["train"] == list(range(1, n - 2 * tenth - 59))
+
+
+def test_file_numbers_sort_as_numbers():
+    names = ["b/Snap_002 (1).jpg", "b/Snap_001 (10).jpg", "b/Snap_001 (9).jpg", "b/Sap_013 (1).jpg"]
+    assert sorted(names, key=splits.file_number) == [names[2], names[1], names[0], names[3]]
+
+
+def test_small_sets_are_refused():
+    with pytest.raises(InputError, match="too few"):
+        splits.make_split("random", np.zeros(9, int), 0)
+    with pytest.raises(InputError, match="too small"):
+        splits.make_split("stratified", np.array([0] * 30 + [1]), 0)
+    with pytest.raises(InputError, match="blocked"):
+        splits.make_split("blocked", np.arange(100) % 2, 0, paths=[f"{i}.png" for i in range(100)])
+    with pytest.raises(InputError, match="empty"):  # one group of everything
+        splits.make_split("grouped", np.arange(50) % 2, 0, groups=["a"] * 50)
+
+
+def test_twins_are_counted_against_training():
+    digests = ["a", "b", "c", "a", "b", "d"]
+    assert splits.count_twins(digests, np.array([3, 4, 5]), np.array([0, 2])) == 1
+    assert splits.count_twins(digests, np.array([3, 4, 5]), np.array([0, 1])) == 2
+
+
+# ---- clients ----------------------------------------------------------------------------------
+
+TRAIN = splits.make_split("random", PAPER, 42)["train"]
+
+
+def test_iid_clients_have_the_papers_sizes():
+    parts = splits.partition("iid", PAPER, TRAIN, 4, 42)
+    assert [len(p) for p in parts] == [651, 651, 651, 653]
+
+
+@pytest.mark.parametrize("kind", splits.PARTITIONS)
+@pytest.mark.parametrize("clients", [1, 4, 16])
+def test_clients_share_nothing_and_lose_nothing(kind, clients):
+    if kind == "shards" and clients == 1:
+        pytest.skip("one client of two classes cannot own four: refused, tested below")
+    parts = splits.partition(kind, PAPER, TRAIN, clients, 42)
+    joined = np.concatenate(parts)
+    assert len(parts) == clients and min(map(len, parts)) > 0
+    assert np.array_equal(np.sort(joined), TRAIN)
+    if kind.endswith("equal"):
+        assert [len(p) for p in parts[:-1]] == [len(TRAIN) // clients] * (clients - 1)
+    again = splits.partition(kind, PAPER, TRAIN, clients, 42)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def skew(parts):
+    """Mean total variation distance of the clients' class shares from the whole."""
+    whole = np.bincount(PAPER[TRAIN], minlength=4) / len(TRAIN)
+    return np.mean([abs(np.bincount(PAPER[p], minlength=4) / len(p) - whole).sum() / 2
+                    for p in parts])
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "dirichlet-equal"])
+def test_dirichlet_skew_falls_with_alpha(kind):
+    values = [skew(splits.partition(kind, PAPER, TRAIN, 8, 42, alpha=a)) for a in (0.1, 1.0, 100.0)]
+    assert values[0] > values[1] > values[2] and values[0] > 0.4 and values[2] < 0.1
+
+
+def test_shards_give_each_client_exactly_k_classes():
+    for clients, k in ((4, 2), (2, 2), (7, 3), (4, 4)):
+        parts = splits.partition("shards", PAPER, TRAIN, clients, 1, classes_per_client=k)
+        assert [len(set(PAPER[p])) for p in parts] == [k] * clients
+    for clients, k in ((1, 2), (4, 5)):
+        with pytest.raises(InputError):
+            splits.partition("shards", PAPER, TRAIN, clients, 1, classes_per_client=k)
+
+
+def test_impossible_partitions_end_with_a_clear_error():
+    few = np.arange(12)
+    with pytest.raises(InputError, match="13 clients"):
+        splits.partition("iid", PAPER, few, 13, 42)
+    with pytest.raises(InputError, match="without an empty one in 1000 draws"):
+        splits.partition("dirichlet", PAPER, few, 12, 42, alpha=0.01)
+
+
+def test_validation_is_dealt_like_training():
+    labels = np.repeat([0, 1], 100)
+    clients = [np.arange(0, 60), np.concatenate([np.arange(60, 80), np.arange(100, 150)])]
+    val = np.concatenate([np.arange(80, 100), np.arange(180, 200)])
+    parts = splits.deal_like(labels, val, clients, 0)
+    assert np.array_equal(np.sort(np.concatenate(parts)), val)
+    assert [np.bincount(labels[p], minlength=2).tolist() for p in parts] == [[15, 0], [5, 20]]
+
+
+def test_nothing_depends_on_hash_order():
+    code = """
+import numpy as np, splits
+y, every, g = np.arange(90) % 3, np.arange(90), [f"g{i % 40}" for i in range(90)]
+for k in splits.SPLITS[:4]:
+    print(*splits.make_split(k, y, 1, groups=g)["test"])
+for k in splits.PARTITIONS:
+    print([*map(list, splits.partition(k, y, every, 3, 1))])
+"""
+    outputs = {subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
+                              cwd=os.path.dirname(splits.__file__),
+                              env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+               for seed in ("1", "2")}
+    assert len(outputs) == 1 and len(outputs.pop()) > 1000

@@ -1,0 +1,324 @@
+"""The real script on real files: what it writes, that it repeats, resumes and survives kills."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import equal, write_tree
+
+import data
+import fedavg
+import metrics
+import models
+import runs
+import train_federated
+
+ROOT = Path(data.__file__).parent
+# a small network of torchvision's with BatchNorm, 341,892 parameters: checkpoints of 1.4 MB
+BASE = ["--model", "shufflenet_v2_x0_5", "--weights", "none", "--image-size", "20", "--rounds", "3",
+        "--local-epochs", "1", "--batch-size", "8", "--lr", "0.01"]
+# momentum, partial participation, non-IID: whatever a resume could get wrong
+HARD = ["--optimizer", "sgd", "--momentum", "0.9", "--fraction", "0.5", "--partition", "dirichlet",
+        "--plateau", "1"]
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp("set") / "toy",
+                      {"Benign": 22, "Early": 26, "Pre": 24})
+
+
+def script(*arguments, **options):
+    return subprocess.run([sys.executable, ROOT / "train_federated.py", *map(str, arguments)],
+                          capture_output=True, text=True, check=False, **options)
+
+
+def train(tree, out, *arguments):
+    train_federated.main(["--data", str(tree), *BASE, "--out", str(out), *map(str, arguments)])
+    return out
+
+
+def history(folder):
+    """history.jsonl without its timings."""
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    timings = ("seconds", "images_per_second")
+    return [{k: v for k, v in r.items() if k not in timings} for r in lines]
+
+
+def same_run(a, b):
+    one, two = (torch.load(f / "model.pt", weights_only=True) for f in (a, b))
+    last = [torch.load(f / "last.pt", weights_only=True)["state"] for f in (a, b)]
+    return (equal(one["state"], two["state"]) and equal(*last) and history(a) == history(b)
+            and (a / "predictions.csv").read_bytes() == (b / "predictions.csv").read_bytes()
+            and (a / "split.csv").read_bytes() == (b / "split.csv").read_bytes())
+
+
+@pytest.fixture(scope="session")
+def hard_run(tree, tmp_path_factory):
+    """Uninterrupted, as its own process: what every killed run must end up as."""
+    out = tmp_path_factory.mktemp("runs") / "hard"
+    done = script("--data", tree, *BASE, *HARD, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_smoke_the_run_folder_holds_what_the_design_lists(hard_run, tree):
+    out, done = hard_run
+    assert {p.name for p in out.iterdir()} == {
+        "run.json", "split.csv", "history.jsonl", "last.pt", "model.pt", "predictions.csv",
+        "results.json", "report.md", "history.png", "confusion.png", "roc.png", "clients.png"}
+    assert len([x for x in done.stdout.splitlines() if x.startswith("round ")]) == 3
+    assert len([x for x in done.stdout.splitlines() if x.startswith("  client ")]) == 6
+    assert "with a twin in training: 0 of 7 validation, 0 of 7 test" in done.stdout
+    run = json.loads((out / "run.json").read_text())
+    assert run["argv"][:2] == ["--data", str(tree)] and run["arguments"]["rounds"] == 3
+    assert run["seed"] == 0 and not run["synthetic"]
+    assert run["classes"] == ["Benign", "Early", "Pre"] and len(run["fingerprint"]) == 64
+    assert run["machine"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    rows = list(csv.DictReader((out / "split.csv").open()))
+    assert [sum(r["split"] == p for r in rows) for p in ("train", "val", "test")] == [58, 7, 7]
+    assert all((r["client"] != "") == (r["split"] == "train") for r in rows)
+    report = (out / "report.md").read_text()
+    assert "Model card" in report and "Not a medical device" in report and "roc.png" in report
+    assert "SYNTHETIC" not in report
+
+
+def test_results_are_those_of_the_checkpoints_reloaded(hard_run, tree):
+    """The logged metric of a round is that of its checkpoint, predictions.csv that of the best."""
+    out, _ = hard_run
+    results, lines = json.loads((out / "results.json").read_text()), history(out)
+    best = min(lines, key=lambda r: r["val_loss"])
+    images = data.read_folder(str(tree), 20)
+    rows = {r["path"]: r for r in csv.DictReader((out / "predictions.csv").open())}
+    parts = {r["path"]: r["split"] for r in csv.DictReader((out / "split.csv").open())}
+    assert {p for p, s in parts.items() if s in ("val", "test")} == set(rows)
+    for which, path in (("best", out / "model.pt"), ("last", out / "last.pt")):
+        content = models.read_file(path)
+        model = models.build("shufflenet_v2_x0_5", 3)
+        model.load_state_dict(content["state"])
+        assert results[which]["round"] == content["round"]
+        for part in ("val", "test"):
+            index = np.array([i for i, p in enumerate(images.paths) if parts[p] == part])
+            logits = fedavg.predict(model, images, index)
+            m = metrics.measure(logits.numpy(), images.labels.numpy()[index], images.classes)
+            assert m["loss"] == pytest.approx(results[which][part]["loss"], abs=1e-5)
+            assert m["confusion"] == results[which][part]["confusion"]
+            if which == "best":
+                p = logits.softmax(1)
+                for i, row in zip(index, p, strict=True):
+                    written = [float(rows[images.paths[i]][f"p_{c}"]) for c in images.classes]
+                    assert written == pytest.approx(row.tolist(), abs=1e-5)
+                    assert rows[images.paths[i]]["prediction"] == images.classes[row.argmax()]
+    assert results["best"]["round"] == best["round"]
+    assert results["best"]["val"]["loss"] == best["val_loss"]
+    assert results["last"]["val"]["loss"] == lines[-1]["val_loss"]
+    assert results["images_seen"] == sum(c["images"] for r in lines for c in r["clients"])
+    assert results["optimizer_steps"] == sum(c["steps"] for r in lines for c in r["clients"])
+
+
+def test_same_command_same_bytes_in_another_process(hard_run, tree, tmp_path):
+    assert same_run(hard_run[0], train(tree, tmp_path / "again", *HARD))
+
+
+def test_another_seed_and_another_split_seed_differ(hard_run, tree, tmp_path):
+    other = train(tree, tmp_path / "seed", *HARD, "--seed", 1)
+    assert (other / "split.csv").read_bytes() == (hard_run[0] / "split.csv").read_bytes()
+    assert history(other) != history(hard_run[0])
+    third = train(tree, tmp_path / "split", *HARD, "--split-seed", 2, "--rounds", 1,
+                  "--alpha", 9)
+    assert (third / "split.csv").read_bytes() != (hard_run[0] / "split.csv").read_bytes()
+
+
+# ---- kills --------------------------------------------------------------------------------------
+
+KILLER = """
+import os, signal, sys
+import torch
+import models, runs, train_federated
+point, count = sys.argv[1], int(sys.argv[2])
+calls = 0
+def maybe(name):
+    global calls
+    calls += name == point
+    if name == point and calls == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+save = torch.save
+def half_saved(content, file):
+    global calls
+    calls += point == 'half-written'
+    if point == 'half-written' and calls == count:
+        save(content, file)
+        file.flush()
+        file.truncate(file.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(content, file)
+torch.save = half_saved
+import fedavg
+for module, function in ((fedavg, 'train_step'), (runs, 'append_history'), (os, 'replace'),
+                         (train_federated, 'finish'), (runs, 'write_predictions')):
+    def wrapped(*a, original=getattr(module, function), name=function, **k):
+        maybe(name)
+        return original(*a, **k)
+    setattr(module, function, wrapped)
+train_federated.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("point,count", [
+    ("train_step", 2),       # in round 1: only the starting state exists
+    ("half-written", 5),     # last.pt of a later round, half written
+    ("append_history", 2),   # model.pt written, history.jsonl and last.pt not yet
+    ("replace", 9),          # a complete temporary file, not yet renamed
+    ("write_predictions", 1)])  # after training, before the results
+def test_killed_and_resumed_equals_never_killed(hard_run, tree, tmp_path, point, count):
+    out = tmp_path / "killed"
+    command = [point, str(count), "--data", str(tree), *BASE, *HARD, "--out", str(out)]
+    killed = subprocess.run([sys.executable, "-c", KILLER, *command], cwd=ROOT,
+                            capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (out / "results.json").exists()
+    train_federated.main(["--resume", str(out)])
+    assert same_run(hard_run[0], out)
+    assert not list(out.glob("*.tmp"))
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tree, tmp_path, monkeypatch, capsys):
+    original, calls = fedavg.train_step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(fedavg, "train_step", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            train(tree, tmp_path / "run")
+    assert stop.value.code == 130
+    assert f"train_federated.py --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    train_federated.main(["--resume", str(tmp_path / "run")])
+    assert same_run(tmp_path / "run", train(tree, tmp_path / "whole"))
+
+
+# ---- evaluation does not leak -----------------------------------------------------------------
+
+def test_test_part_is_touched_after_training_only_and_evaluating_changes_nothing(
+        tree, tmp_path, monkeypatch):
+    seen, steps = [], []
+    predict, step = fedavg.predict, fedavg.train_step
+
+    def counted(model, images, indices):
+        seen.append((len(steps), set(indices.tolist())))
+        return predict(model, images, indices)
+
+    def stepped(*args, **kwargs):
+        steps.append(1)
+        return step(*args, **kwargs)
+    monkeypatch.setattr(fedavg, "predict", counted)
+    monkeypatch.setattr(fedavg, "train_step", stepped)
+    one = train(tree, tmp_path / "one")
+    rows = list(csv.DictReader((one / "split.csv").open()))
+    test = {i for i, r in enumerate(rows) if r["split"] == "test"}
+    touched = [when for when, indices in seen if indices & test]
+    assert touched and set(touched) == {len(steps)}
+    assert all(not indices & test or indices == test for _, indices in seen)
+    # twice the evaluations, the same training
+    monkeypatch.setattr(fedavg, "predict", lambda *a: (predict(*a), predict(*a))[1])
+    assert same_run(one, train(tree, tmp_path / "two"))
+
+
+def test_bn_local_measures_each_client_on_its_own_share(tree, tmp_path):
+    out = train(tree, tmp_path / "local", "--bn", "local", "--partition", "dirichlet",
+                "--clients", 3, "--alpha", 1)
+    results = json.loads((out / "results.json").read_text())
+    content = models.read_file(out / "model.pt")
+    keys = set(models.batchnorm_keys(models.build("shufflenet_v2_x0_5", 3)))
+    assert set(content["local_bn"]) == {0, 1, 2}
+    assert all(set(s) == keys for s in content["local_bn"].values())
+    for part in ("val", "test"):
+        m = results["best"][part]
+        shares = [c for c in m["clients"] if c]
+        assert sum(c["n"] for c in shares) == m["n"] == 7
+        pooled = np.sum([c["confusion"] for c in shares], 0)
+        assert pooled.tolist() == m["confusion"]
+        assert len({json.dumps(c["confusion"]) for c in shares}) > 1
+    best = next(r for r in history(out) if r["round"] == results["best"]["round"])
+    assert best["val_loss"] == results["best"]["val"]["loss"]
+    resumed = tmp_path / "local2"
+    train(tree, resumed, "--bn", "local", "--partition", "dirichlet", "--clients", 3, "--alpha", 1)
+    assert same_run(out, resumed)
+
+
+def test_early_stopping_keeps_the_best_and_can_be_turned_off(tree, tmp_path, monkeypatch):
+    losses = iter([1.0, 0.5, 0.9, 0.8, 0.7, 0.1] * 2)
+    measure = metrics.measure
+
+    def scripted(logits, labels, classes):
+        m = measure(logits, labels, classes)
+        return m | {"loss": next(losses)} if len(labels) == 7 and training else m
+    monkeypatch.setattr(metrics, "measure", scripted)
+    finish = train_federated.finish
+
+    def ended(*args):
+        nonlocal training
+        training = False
+        finish(*args)
+    monkeypatch.setattr(train_federated, "finish", ended)
+    training = True
+    out = train(tree, tmp_path / "stop", "--rounds", 6, "--early-stop", 3)
+    assert len(history(out)) == 5 and models.read_file(out / "model.pt")["round"] == 2
+    losses, training = iter([1.0, 0.5, 0.9, 0.8, 0.7, 0.1]), True
+    out = train(tree, tmp_path / "all", "--rounds", 6, "--early-stop", 0, "--plateau", 0)
+    assert len(history(out)) == 6 and models.read_file(out / "model.pt")["round"] == 6
+    assert {r["lr"] for r in history(out)} == {0.01}
+
+
+def test_best_round_is_the_earliest_on_ties_and_undefined_losses_never_win():
+    rows = [{"round": r, "val_loss": v} for r, v in ((1, None), (2, 0.5), (3, 0.5), (4, 0.6))]
+    assert train_federated.best_round(rows) == 2
+
+
+def test_all_updates_lost_stops_with_the_last_good_state(tree, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(tree, tmp_path / "run", "--optimizer", "sgd", "--lr", "1e38", "--clip", "0")
+    assert stop.value.code == 1
+    assert "no client's update is finite" in capsys.readouterr().err
+    last = models.read_file(tmp_path / "run" / "last.pt")
+    assert all(v.isfinite().all() for v in last["state"].values())
+
+
+def test_demonstration_defaults_yield_to_flags(tmp_path):
+    groups = (data.add_arguments, models.add_arguments, train_federated.add_arguments,
+              fedavg.add_arguments)
+
+    def parse(*argv):
+        return runs.parse("x", groups, train_federated.DEMONSTRATION, list(argv))
+    assert parse().model == "resnet18" and parse().lr == 1e-3 and parse().weights == "none"
+    assert parse("--model", "resnet50").model == "resnet50"
+    assert parse("--lr", "1e-4").lr == 1e-4  # the paper's default, given on purpose
+    real = parse("--data", "x")
+    assert (real.model, real.weights, real.image_size, real.batch_size, real.lr) == (
+        "resnet50", "imagenet", 224, 32, 1e-4)
+    assert (real.clients, real.rounds, real.local_epochs, real.optimizer, real.weight_decay,
+            real.clip, real.plateau, real.early_stop, real.split_seed, real.label_smoothing,
+            real.mu, real.fraction, real.expand, real.translation, real.split, real.partition,
+            real.bn, real.class_weights, real.sampler) == (
+        4, 10, 5, "adamw", 1e-4, 1.0, 5, 10, 42, 0.0, 0.0, 1.0, 1, 0.0, "random", "iid", "average",
+        "inverse", "shuffle")
+
+
+def test_numbered_folders_by_default(tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train_federated.main(["--data", str(tree), *BASE, "--rounds", "1"])
+    names = sorted(p.name for p in (tmp_path / "runs").iterdir())
+    base = "federated-shufflenet_v2_x0_5-toy-seed0"
+    assert names == [base, base + "-2"]
+    assert os.listdir(tmp_path) == ["runs"]
