@@ -70,18 +70,7 @@ def make_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
     """The recipe that the flags describe, precision resolved for `device`."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
     ranges = None if args.no_augment else Augmentation(translation=args.translation)
-    return Recipe(**given, augmentation=ranges, amp_dtype=pick_precision(args.amp, device))
-
-
-def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """Autocast dtype of `--amp`; None is plain float32."""
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif amp == "auto":  # emulated bf16 would be ten times slower than float32
-        native = any(getattr(torch.cpu, f"_is_{f}_supported", lambda: False)()
-                     for f in ("avx512_bf16", "amx_tile"))
-        amp = "bf16" if device.type == "cpu" and native else "off"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    return Recipe(**given, augmentation=ranges, amp_dtype=models.pick_precision(args.amp, device))
 
 
 def random_keys(*parts: int) -> tuple[int, int]:

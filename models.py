@@ -187,6 +187,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """Autocast dtype of `--amp`; None is plain float32."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":  # emulated bf16 would be ten times slower than float32
+        native = any(getattr(torch.cpu, f"_is_{f}_supported", lambda: False)()
+                     for f in ("avx512_bf16", "amx_tile"))
+        amp = "bf16" if device.type == "cpu" and native else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
 @torch.no_grad()
 def recalibrate(model: nn.Module, state: State,
                 clients: list[tuple[int, Iterable[Tensor]]]) -> State:

@@ -60,7 +60,8 @@ def plot_roc(logits: np.ndarray, labels: np.ndarray, classes: list[str], per_cla
             axis.plot(false_rate, true_rate, label=f"{name}, AUC {auc:.4f}")
     axis.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
     axis.set(xlabel="1 - specificity", ylabel="sensitivity", title="one against rest, test")
-    axis.legend(fontsize=8, loc="lower right")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, loc="lower right")
     _save(figure, path)
 
 
@@ -113,6 +114,12 @@ def summary_rows(results: dict, unit: str = "round") -> list[list]:
 SUMMARY = ["model", "part", "n", "loss", "accuracy (95 %)", "macro F1", "kappa", "AUC"]
 
 
+def best_colour_row(results: dict, kind: str) -> dict:
+    """The classifier on colour `kind` (means, statistics) that is best on validation."""
+    rows = [row for row in results["colour_only"] if row["features"] == kind]
+    return max(rows, key=lambda row: row["val"]["value"])
+
+
 def colour_rows(results: dict) -> list[list]:
     return [[f"{row['features']}, {row['classifier']}, strip {row['strip']}",
              show(row["val"]), show(row["test"])] for row in results["colour_only"]]
@@ -124,9 +131,10 @@ def print_summary(results: dict, unit: str = "round") -> None:
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(SUMMARY))]
     for row in rows:
         print("  ".join(str(x).ljust(w) for x, w in zip(row, widths, strict=True)).rstrip())
-    top = max(results["colour_only"], key=lambda row: row["val"]["value"])
-    print(f"colour alone ({top['features']}, {top['classifier']}): "
-          f"validation {show(top['val'])}, test {show(top['test'])}")
+    for kind in ("means", "statistics"):
+        top = best_colour_row(results, kind)
+        print(f"colour {kind} alone ({top['classifier']}, strip {top['strip']}): validation "
+              f"{show(top['val'])}, test {show(top['test'])}")
 
 
 MODEL_CARD = """## Model card
@@ -156,7 +164,7 @@ def write_report(folder: Path, run: dict, results: dict, twins: int) -> None:
     arguments, test = run["arguments"], results["best"]["test"]
     unit = "round" if "round" in results["best"] else "epoch"
     loud = "**SYNTHETIC DATA: drawn, not medical. Figures show that the code works, no more.**\n\n"
-    top = max(results["colour_only"], key=lambda row: row["val"]["value"])
+    top = best_colour_row(results, "statistics")
     per_class = [[name, *(show(m[k]) for k in ("precision", "recall", "specificity", "f1", "auc")),
                   m["support"]] for name, m in test["per_class"].items()]
     malignant = test["malignant"]

@@ -7,7 +7,7 @@ of cells varies too, so that colour means alone do not solve the task. None of i
 
 import numpy as np
 
-COUNTS = {"Benign": 72, "Early": 116, "Pre": 112, "Pro": 100}  # 400, uneven as the real set
+COUNTS = {"Benign": 56, "Early": 94, "Pre": 90, "Pro": 80}  # 320, uneven as the real set
 
 # radius: of the cell, as a share of the image side; ratio: nucleus radius / cell radius; grain:
 # chromatin clumps per image side; contrast: of the chromatin; cells: fewest and most, so that the
@@ -66,7 +66,7 @@ def draw_one(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(size: int, seed: int = 0) -> tuple[np.ndarray, list[str], list[str]]:
-    """The whole set: pixels uint8 [400, size, size, 3], class name of each, path-like name of each.
+    """The whole set: pixels uint8 [320, size, size, 3], class name of each, path-like name of each.
 
     Picture i depends on (seed, i) alone.
     """

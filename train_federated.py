@@ -25,7 +25,7 @@ from checks import InputError, guard, integer, number, warn
 
 # What the demonstration sets for itself where --data is not given; every flag still overrides.
 DEMONSTRATION = {"model": "resnet18", "weights": "none", "image_size": 40, "batch_size": 16,
-                 "lr": 1e-3}
+                 "lr": 1e-3, "plateau": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,8 +166,8 @@ def prepare(args: argparse.Namespace) -> tuple:
     """Images, split, clients and network that the flags describe, all checked before training."""
     if args.data is None:
         warn(f"SYNTHETIC DATA: no --data given. Drawn smears, {args.model} at {args.image_size} "
-             f"pixels, weights {args.weights}, batch {args.batch_size}, rate {args.lr:g}: "
-             "a demonstration, not medical data")
+             f"pixels, weights {args.weights}, batch {args.batch_size}, rate {args.lr:g}, "
+             f"plateau patience {args.plateau}: a demonstration, not medical data")
     device = models.pick_device(args.device)
     images = data.load(args)
     split, clients = data.make_split(args, images)

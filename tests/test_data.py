@@ -179,10 +179,10 @@ def test_last_batch_of_one_is_dropped():
 def test_synthetic_set_is_fixed_and_uneven():
     pixels, names, paths = synthetic.draw(24)
     again = synthetic.draw(24)
-    assert np.array_equal(pixels, again[0]) and len(set(paths)) == 400
+    assert np.array_equal(pixels, again[0]) and len(set(paths)) == 320
     assert {n: names.count(n) for n in names} == synthetic.COUNTS
     assert not np.array_equal(pixels, synthetic.draw(24, seed=1)[0])
-    assert len({p.tobytes() for p in pixels}) == 400
+    assert len({p.tobytes() for p in pixels}) == 320
 
 
 def test_describe_names_what_it_finds(tmp_path):

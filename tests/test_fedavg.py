@@ -423,17 +423,17 @@ def test_overflowing_float16_steps_are_skipped_and_counted():
 
 
 def test_precision_flags(monkeypatch):
-    assert fedavg.pick_precision("off", CPU) is None
-    assert fedavg.pick_precision("bf16", CPU) == torch.bfloat16
+    assert models.pick_precision("off", CPU) is None
+    assert models.pick_precision("bf16", CPU) == torch.bfloat16
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    assert fedavg.pick_precision("auto", cuda) == torch.bfloat16
+    assert models.pick_precision("auto", cuda) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    assert fedavg.pick_precision("auto", cuda) == torch.float16
+    assert models.pick_precision("auto", cuda) == torch.float16
     for native in (False, True):
         for name in ("avx512_bf16", "amx_tile"):
             monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda v=native: v)
-        assert fedavg.pick_precision("auto", CPU) == (torch.bfloat16 if native else None)
+        assert models.pick_precision("auto", CPU) == (torch.bfloat16 if native else None)
 
 
 def test_bf16_training_runs_and_keeps_float32_weights():

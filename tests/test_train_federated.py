@@ -322,3 +322,23 @@ def test_numbered_folders_by_default(tree, tmp_path, monkeypatch):
     base = "federated-shufflenet_v2_x0_5-toy-seed0"
     assert names == [base, base + "-2"]
     assert os.listdir(tmp_path) == ["runs"]
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_clients(tmp_path):
+    """4 and 64 clients over the same images, within 10 %: states are streamed, never collected.
+
+    64 collected ResNet18 states would be 2.9 GB more.
+    """
+    peaks = []
+    for clients in (4, 64):
+        command = [sys.executable, ROOT / "train_federated.py", "--image-size", "16",
+                   "--rounds", "1", "--local-epochs", "1", "--train-from", "fc",
+                   "--clients", clients,
+                   "--out", tmp_path / str(clients)]
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss)
+    assert peaks[1] < 1.1 * peaks[0], peaks
