@@ -149,15 +149,15 @@ def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State],
 
     def updates() -> Iterable[tuple[State, int]]:
         for client_id in chosen:
-            model.load_state_dict(global_state | local_bn.get(client_id, {}))
-            before = [p.detach().clone() for p in model.parameters()]
+            start = global_state | local_bn.get(client_id, {})
+            model.load_state_dict(start)
             trainer = make_optimizer(model, recipe, lr)  # fresh: clients are stateless
             record = train_local(model, images, clients[client_id], recipe, *trainer, seed=seed,
                                  epochs=range(local_epochs), round_index=round_index,
                                  client_id=client_id, class_weights=class_weights,
                                  progress=progress)
-            squares = [(p.detach() - b).double().square().sum()
-                       for p, b in zip(model.parameters(), before, strict=True)]
+            squares = [(parameter.detach() - start[name]).double().square().sum()
+                       for name, parameter in model.named_parameters()]
             norm = torch.stack(squares).sum().sqrt().item()
             state = model.state_dict()
             finite = torch.stack([v.isfinite().all() for v in state.values()]).all().item()

@@ -190,7 +190,8 @@ def partitions():
 
 def test_nothing_depends_on_hash_order():
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    code = "import sys; sys.path[:0] = ['tests', '.']; import test_splits as t; print(t.partitions())"
+    code = ("import sys; sys.path[:0] = ['tests', '.']\n"
+            "import test_splits; print(test_splits.partitions())")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
                           cwd=os.path.dirname(splits.__file__),
                           env={**os.environ, "PYTHONHASHSEED": seed})
