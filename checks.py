@@ -56,9 +56,15 @@ def warn(message: str) -> None:
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Run a script's `main`; bad input and operating-system errors become one line, exit code 2."""
+    """Run a script's `main`; bad input and operating-system errors become one line, exit code 2.
+
+    Ctrl-C before there is anything to resume ends with one line too, exit code 130.
+    """
     try:
         main()
+    except KeyboardInterrupt:
+        warn("stopped")
+        sys.exit(130)
     except (InputError, OSError) as error:
         name = sys.argv[0].rsplit("/", 1)[-1]
         warn(f"{name}: error: {' '.join(str(error).split())}")

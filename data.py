@@ -56,7 +56,7 @@ class Images:
         """sha256 over class list, paths, labels and pixel digests: equal for equal data only."""
         lines = [repr(self.classes)] + [f"{p}\t{y}\t{d}" for p, y, d in zip(
             self.paths, self.labels.tolist(), self.digests, strict=True)]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

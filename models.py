@@ -231,6 +231,17 @@ def recalibrate(model: nn.Module, state: State,
     return state | {key: value.to(state[key].dtype) for key, value in pooled.items()}
 
 
+def check_size(model: nn.Module, size: int) -> None:
+    """Raise InputError where the network cannot take images of size × size."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--image-size {size} does not suit {type(model).__name__}: "
+                         f"{reason}") from None
+
+
 def bundle(model: nn.Module, state: State, name: str, classes: list[str], **more) -> dict:
     """The content of `model.pt`: loads with weights_only=True and suffices to use the model.
 

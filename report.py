@@ -137,6 +137,16 @@ def print_summary(results: dict, unit: str = "round") -> None:
               f"{show(top['val'])}, test {show(top['test'])}")
 
 
+def client_table(figures: dict) -> str:
+    """Each client on its own share, where there is no single global model (FedBN)."""
+    if "clients" not in figures:
+        return ""
+    rows = [[k, 0, "–", "–"] if m is None else [k, m["n"], show(m["accuracy"]), show(m["macro_f1"])]
+            for k, m in enumerate(figures["clients"])]
+    return ("### Each client on its own share of the test part (own BatchNorm)\n\n"
+            + markdown(["client", "n", "accuracy (95 %)", "macro F1"], rows))
+
+
 MODEL_CARD = """## Model card
 
 - **Intended use**: research and teaching. Not a medical device; not for diagnosis.
@@ -159,7 +169,7 @@ SYNTHETIC = {"level": "Each picture is drawn independently.",
              "leaks": "none else by construction.", "intervals": "Here that holds."}
 
 
-def write_report(folder: Path, run: dict, results: dict, twins: int) -> None:
+def report_page(folder: Path, run: dict, results: dict, twins: int) -> str:
     """`report.md`: tables and figures on one page, ending with the model card."""
     arguments, test = run["arguments"], results["best"]["test"]
     unit = "round" if "round" in results["best"] else "epoch"
@@ -183,6 +193,7 @@ def write_report(folder: Path, run: dict, results: dict, twins: int) -> None:
         "" if malignant is None else
         f"Malignant against benign: sensitivity {show(malignant['sensitivity'])}, specificity "
         f"{show(malignant['specificity'])}. ECE {show(test['ece'])}, Brier {show(test['brier'])}.",
+        client_table(test),
         "### What colour alone reaches\n\nNo network: classifiers on whole-image colour.\n\n"
         + markdown(["statistics", "validation", "test"], colour_rows(results)),
         "## Figures\n\n" + "\n\n".join(f"![{p.stem}]({p.name})"
@@ -193,4 +204,4 @@ def write_report(folder: Path, run: dict, results: dict, twins: int) -> None:
             fingerprint=run["fingerprint"][:16], split=arguments["split"], twins=twins,
             split_seed=arguments["split_seed"], n=test["n"], colour=show(top["test"]),
             **(SYNTHETIC if run["synthetic"] else REAL))]
-    (folder / "report.md").write_text("\n\n".join(s for s in sections if s), encoding="utf-8")
+    return "\n\n".join(s for s in sections if s)

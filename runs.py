@@ -80,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
     """Write and rename, so that the file is never seen half written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -94,7 +94,8 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def create(args: argparse.Namespace, script: str, images: Images, device: torch.device) -> Path:
+def create(args: argparse.Namespace, script: str, images: Images, device: torch.device,
+           argv: list[str] | None) -> Path:
     """Make the run folder and write `run.json`."""
     base = Path(args.out or f"runs/{script}-{args.model}-{images.name}-seed{args.seed}")
     folder, number = base, 1
@@ -108,7 +109,7 @@ def create(args: argparse.Namespace, script: str, images: Images, device: torch.
             number += 1
             folder = base.with_name(f"{base.name}-{number}")
     write_json(folder / "run.json", {
-        "script": f"train_{script}.py", "argv": sys.argv[1:],
+        "script": f"train_{script}.py", "argv": sys.argv[1:] if argv is None else argv,
         "arguments": {k: v for k, v in vars(args).items() if k not in UNRECORDED},
         "seed": args.seed, "synthetic": args.data is None, "data": images.name,
         "fingerprint": images.fingerprint(), "classes": images.classes,
@@ -137,8 +138,11 @@ def git_commit() -> str | None:
         return None
 
 
-def resume(folder: Path, images: Images, device: torch.device) -> dict:
-    """The last checkpoint of a run; refuses other data, warns of another machine or version."""
+def resume(folder: Path, images: Images, device: torch.device) -> dict | None:
+    """The last checkpoint of a run, None if it was killed before its first.
+
+    Refuses other data (InputError), warns of another machine or version.
+    """
     run = read_json(folder / "run.json")
     if run["fingerprint"] != images.fingerprint():
         raise InputError(f"--resume {folder}: the images are not those of the run")
@@ -146,6 +150,8 @@ def resume(folder: Path, images: Images, device: torch.device) -> dict:
         if run["machine"].get(key) != value:
             warn(f"note: {key} was {run['machine'].get(key)} and is {value}: results may differ "
                  "from an uninterrupted run")
+    if not (folder / "last.pt").exists():
+        return None
     checkpoint = read_file(folder / "last.pt")
     write_history(folder, checkpoint["history"])  # lines after the checkpoint will come again
     return checkpoint

@@ -82,26 +82,32 @@ class Evaluation:
 
 def print_round(record: dict, rounds: int) -> None:
     for c in record["clients"]:
-        norm = "not finite, left out" if c["left_out"] else f"{c['update_norm']:.3f}"
+        norm = "not finite, left out" if c["left_out"] else report.show(c["update_norm"], 3)
         print(f"  client {c['client']}: {c['num_examples']} images, {c['steps']} steps, "
-              f"loss {c['loss']:.4f}, accuracy {c['accuracy']:.3f}, update norm {norm}, "
+              f"loss {report.show(c['loss'])}, accuracy {c['accuracy']:.3f}, update norm {norm}, "
               f"skipped {c['skipped_steps']}")
-    print(f"round {record['round']}/{rounds}: val loss {record['val_loss']:.4f}, "
+    print(f"round {record['round']}/{rounds}: val loss {report.show(record['val_loss'])}, "
           f"val accuracy {record['val_accuracy']:.4f}, lr {record['lr']:g}, "
           f"{record['images_per_second']:.1f} images/s", flush=True)
 
 
 def make_record(round_index: int, lr: float, clients: list[dict], val: dict,
                 seconds: float) -> dict:
-    """One line of history.jsonl. Training figures are pooled over the images seen."""
+    """One line of history.jsonl. Training figures are pooled over the images of those averaged."""
     images = sum(c["images"] for c in clients)
-    pooled = {f"train_{key}": sum(c[key] * c["images"] for c in clients) / images
-              for key in ("loss", "accuracy")}
-    finite = {k: v if np.isfinite(v) else None for k, v in pooled.items()}
+    kept = [c for c in clients if not c["left_out"]]
+    pooled = {f"train_{key}": sum(c[key] * c["images"] for c in kept)
+              / sum(c["images"] for c in kept) for key in ("loss", "accuracy")}
+    clients = [{key: None if isinstance(value, float) and not np.isfinite(value) else value
+                for key, value in c.items()} for c in clients]  # JSON has no NaN
     return {"round": round_index, "lr": lr, "val_loss": val["loss"],
-            "val_accuracy": val["accuracy"]["value"], **finite, "images": images,
+            "val_accuracy": val["accuracy"]["value"], **pooled, "images": images,
             "steps": sum(c["steps"] for c in clients), "clients": clients,
             "seconds": seconds, "images_per_second": images / seconds}
+
+
+def moved(state: fedavg.State, device: torch.device | str) -> fedavg.State:
+    return {key: value.to(device) for key, value in state.items()}
 
 
 def val_losses(history: list[dict]) -> list[float]:
@@ -144,7 +150,8 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, clien
                     folder / "roc.png")
     report.plot_clients(labels, clients, images.classes, folder / "clients.png")
     twins = splits.count_twins(images.digests, split["test"], split["train"])
-    report.write_report(folder, runs.read_json(folder / "run.json"), results, twins)
+    runs.write_text(folder / "report.md", report.report_page(
+        folder, runs.read_json(folder / "run.json"), results, twins))
     report.print_summary(results)
     print(f"report: {folder}/report.md")
 
@@ -172,6 +179,7 @@ def prepare(args: argparse.Namespace) -> tuple:
     images = data.load(args)
     split, clients = data.make_split(args, images)
     model = models.build(args.model, len(images.classes), args.weights, args.seed, images.classes)
+    models.check_size(model, args.image_size)
     models.freeze(model, args.train_from, batchnorm=args.bn == "freeze")
     if min(map(len, clients)) == 1 and models.needs_batch(model):
         raise InputError("a client owns one image only, too few for BatchNorm: fewer clients, or "
@@ -185,23 +193,24 @@ def main(argv: list[str] | None = None) -> None:
     images, split, clients, model, device = prepare(args)
     recipe = fedavg.make_recipe(args, device)
     if args.resume is None:
-        folder = runs.create(args, "federated", images, device)
-        runs.write_split(folder, images, split, clients)
-        start = {k: v.cpu().clone() for k, v in model.state_dict().items()}
-        checkpoint = {"round": 0, "state": start, "local_bn": {}, "history": []}
-        runs.write_history(folder, [])
-        models.save(checkpoint, folder / "last.pt")
+        folder, checkpoint = runs.create(args, "federated", images, device, argv), None
     else:
         folder = Path(args.resume)
         checkpoint = runs.resume(folder, images, device)
+    if checkpoint is None:
+        start = {key: value.clone() for key, value in model.state_dict().items()}
+        checkpoint = {"round": 0, "state": moved(start, "cpu"), "local_bn": {}, "history": []}
+        runs.write_split(folder, images, split, clients)
+        runs.write_history(folder, [])
+        models.save(checkpoint, folder / "last.pt")
     print(f"run folder: {folder}; {args.model} on {device}, "
           f"{'float32' if recipe.amp_dtype is None else f'autocast {recipe.amp_dtype}'}")
     evaluation = Evaluation(model, images, split, clients, args)
     images.pixels = images.pixels.to(device)  # once; batches are gathered there
     weights = None if args.class_weights == "none" else fedavg.class_weights(
         images.labels.numpy()[split["train"]], len(images.classes), device)
-    state = {k: v.to(device) for k, v in checkpoint["state"].items()}
-    local_bn, history = checkpoint["local_bn"], checkpoint["history"]
+    state, history = moved(checkpoint["state"], device), checkpoint["history"]
+    local_bn = {k: moved(s, device) for k, s in checkpoint["local_bn"].items()}
 
     try:
         for round_index in range(checkpoint["round"] + 1, args.rounds + 1):
@@ -223,16 +232,16 @@ def main(argv: list[str] | None = None) -> None:
             val = evaluation.measure("val", evaluation.logits("val", state, local_bn))
             history.append(make_record(round_index, lr, records, val, seconds))
             print_round(history[-1], args.rounds)
-            checkpoint = {"round": round_index, "local_bn": local_bn, "history": history,
-                          "state": {k: v.cpu() for k, v in state.items()}}
+            checkpoint = {"round": round_index, "state": moved(state, "cpu"), "history": history,
+                          "local_bn": {k: moved(s, "cpu") for k, s in local_bn.items()}}
             save_round(folder, args, model, images.classes, checkpoint)
+        finish(folder, args, evaluation, clients, checkpoint)
     except KeyboardInterrupt:
         warn(f"\nstopped; go on with: python train_federated.py --resume {folder}")
         raise SystemExit(130) from None
     except FloatingPointError as error:
         warn(f"{error}; the state of round {checkpoint['round']} is kept in {folder}/last.pt")
         raise SystemExit(1) from None
-    finish(folder, args, evaluation, clients, checkpoint)
 
 
 if __name__ == "__main__":

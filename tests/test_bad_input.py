@@ -94,6 +94,7 @@ CASES = [
     (GOOD + " --model resnet49", "unknown model 'resnet49'"),
     (GOOD + " --model squeezenet1_1", "one linear layer"),
     (GOOD + " --train-from layer4", "no such module"),
+    (GOOD + " --model vgg11 --image-size 8", "--image-size 8 does not suit VGG"),
     (GOOD + " --device cuda:7", "--device cuda:7: not there"),
     # weights
     (GOOD + " --weights absent.pt", "absent.pt: no such file"),
@@ -105,6 +106,7 @@ CASES = [
     # runs
     (GOOD + " --out run", "--out run: exists already"),
     (GOOD + " --out empty", "--out empty: exists already"),
+    (GOOD + " --out file.txt/run", "Not a directory"),
     ("--resume empty", "not a run folder"), ("--resume absent", "not a run folder"),
     ("--resume file.txt", "not a run folder"), ("--resume damaged", "damaged, not JSON"),
     ("--resume cut-run", "truncated"),

@@ -172,6 +172,7 @@ train_federated.main(sys.argv[3:])
 
 
 @pytest.mark.parametrize("point,count", [
+    ("half-written", 1),     # the starting state, half written: only run.json exists
     ("train_step", 2),       # in round 1: only the starting state exists
     ("half-written", 5),     # last.pt of a later round, half written
     ("append_history", 2),   # model.pt written, history.jsonl and last.pt not yet
@@ -254,6 +255,28 @@ def test_bn_local_measures_each_client_on_its_own_share(tree, tmp_path):
     resumed = tmp_path / "local2"
     train(tree, resumed, "--bn", "local", "--partition", "dirichlet", "--clients", 3, "--alpha", 1)
     assert same_run(out, resumed)
+    assert "| 2 | " in (out / "report.md").read_text().split("own BatchNorm")[1]
+
+
+def test_one_poisoned_client_is_survived_and_recorded(tree, tmp_path, monkeypatch, capsys):
+    original = fedavg.train_local
+
+    def poisoned(model, *args, client_id, **kwargs):
+        record = original(model, *args, client_id=client_id, **kwargs)
+        if client_id == 1:
+            next(model.parameters()).data.fill_(float("inf"))
+            record["loss"] = float("nan")
+        return record
+    monkeypatch.setattr(fedavg, "train_local", poisoned)
+    out = train(tree, tmp_path / "run", "--rounds", 1)
+    (record,) = history(out)
+    assert [c["left_out"] for c in record["clients"]] == [False, True, False, False]
+    assert record["clients"][1]["loss"] is None and "NaN" not in (out / "history.jsonl").read_text()
+    kept = [c for c in record["clients"] if not c["left_out"]]
+    assert record["train_loss"] == pytest.approx(
+        sum(c["loss"] * c["images"] for c in kept) / sum(c["images"] for c in kept))
+    assert all(v.isfinite().all() for v in models.read_file(out / "last.pt")["state"].values())
+    assert "client 1 is not finite and is LEFT OUT" in capsys.readouterr().err
 
 
 def test_early_stopping_keeps_the_best_and_can_be_turned_off(tree, tmp_path, monkeypatch):
