@@ -9,8 +9,9 @@ As a script it prints the paper's Table 3 for any torchvision classifier:
 import argparse
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 from urllib.error import URLError
 
 import torch
@@ -252,18 +253,26 @@ def bundle(model: nn.Module, state: State, name: str, classes: list[str], **more
             "classes": list(classes), "head": [f"{head}.weight", f"{head}.bias"], **more}
 
 
-def save(content: dict, path: Path) -> None:
-    """Write a .pt file so that a kill at any moment leaves the old one or the new one, whole."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Fill a file by `write` so that a kill at any moment leaves the old or the new one, whole.
+
+    Written beside, flushed to disk, renamed; an error (disk full) leaves the old one and raises.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save(content: dict, path: Path) -> None:
+    """Write a .pt file, whole or not at all."""
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def table(model: nn.Module, size: int) -> list[tuple[str, str, int, int]]:

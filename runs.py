@@ -9,7 +9,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from scipy.special import softmax
 
 from checks import InputError, make_parser, warn
 from data import Images
-from models import read_file
+from models import read_file, write_whole
 from splits import Split
 
 UNRECORDED = ("resume", "out")  # arguments that say where, not what
@@ -77,17 +76,8 @@ def read_json(path: Path) -> dict:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write and rename, so that the file is never seen half written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write a text file, whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
 def write_json(path: Path, content: dict) -> None:
