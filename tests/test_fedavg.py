@@ -422,6 +422,23 @@ def test_overflowing_float16_steps_are_skipped_and_counted():
     assert record["steps"] == 4
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_an_overflowing_step_of_a_fused_optimizer_changes_nothing(name):
+    images, model = toy_images(4), plain_net()
+    recipe = Recipe(optimizer=name, amp_dtype=torch.float16)
+    optimizer, scaler = fedavg.make_optimizer(model, recipe, 0.1)
+    assert scaler.is_enabled() and optimizer.param_groups[0]["fused"]
+    batch, targets = data.eval_batch(images, torch.arange(4), CPU), images.labels
+    start = clone(model.state_dict())
+    taken = {}
+    for scale in (2.0**60, 2.0):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        *_, taken[scale] = fedavg.train_step(model, batch, targets, recipe, optimizer, scaler,
+                                             class_weights=None, reference=[])
+        assert equal(model.state_dict(), start) != taken[scale]
+    assert taken == {2.0**60: False, 2.0: True}
+
+
 def test_precision_flags(monkeypatch):
     assert models.pick_precision("off", CPU) is None
     assert models.pick_precision("bf16", CPU) == torch.bfloat16
