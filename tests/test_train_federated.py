@@ -364,3 +364,29 @@ def test_peak_memory_does_not_grow_with_the_number_of_clients(tmp_path):
         assert process.returncode == 0
         peaks.append(usage.ru_maxrss)
     assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+READINGS = [
+    "--optimizer adam", "--optimizer sgd", "--lr 0.001", "--weight-decay 0.5", "--clip 0.001",
+    "--clip 0", "--label-smoothing 0.1", "--class-weights none", "--sampler balanced",
+    "--sampler dual", "--expand 2", "--translation 0.1", "--no-augment", "--mu 9",
+    "--fraction 0.5", "--bn recalibrate", "--bn freeze", "--bn local", "--train-from fc",
+    "--amp bf16", "--amp fp16", "--batch-size 4", "--local-epochs 2", "--clients 3",
+    "--image-size 24", "--model mobilenet_v3_small", "--seed 1", "--split-seed 1",
+    "--partition dirichlet --alpha 9", "--partition dirichlet-equal", "--partition shards",
+    "--split stratified", "--split stratified80", "--split grouped",
+    "--optimizer sgd --momentum 0", "--partition shards --classes-per-client 3"]
+
+
+def test_every_reading_of_the_paper_runs_and_changes_the_run(tree, tmp_path, monkeypatch):
+    """A flag that does nothing would repeat the run of the defaults, or that of another flag."""
+    monkeypatch.setattr(train_federated, "finish", lambda *a: None)
+    monkeypatch.setattr(models, "check_size", lambda *a: None)
+    seen = {}
+    for i, reading in enumerate(["", *READINGS]):
+        out = train(tree, tmp_path / str(i), "--rounds", 1, "--amp", "off", *reading.split())
+        last = models.read_file(out / "last.pt")["state"]
+        key = hash((out / "split.csv").read_text()), tuple(
+            round(v.double().sum().item(), 9) for v in last.values())
+        assert key not in seen, f"{reading!r} is the same run as {seen[key]!r}"
+        seen[key] = reading
