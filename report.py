@@ -178,7 +178,8 @@ def report_page(folder: Path, run: dict, results: dict, twins: int) -> str:
     per_class = [[name, *(show(m[k]) for k in ("precision", "recall", "specificity", "f1", "auc")),
                   m["support"]] for name, m in test["per_class"].items()]
     malignant = test["malignant"]
-    settings = [[k, v] for k, v in arguments.items() if v not in (None, False)]
+    settings = [[k, v] for k, v in arguments.items()
+                if v is not None and v is not False]  # a zero is a setting
     sections = [(
         f"# {folder.name}\n\n{loud if run['synthetic'] else ''}"
         f"`python {run['script']} {' '.join(run['argv'])}`\n\n"

@@ -88,6 +88,7 @@ def test_smoke_the_run_folder_holds_what_the_design_lists(hard_run, tree):
     report = (out / "report.md").read_text()
     assert "Model card" in report and "Not a medical device" in report and "roc.png" in report
     assert "SYNTHETIC" not in report
+    assert "| seed | 0 |" in report and "| mu | 0.0 |" in report and "skip_bad" not in report
 
 
 def test_results_are_those_of_the_checkpoints_reloaded(hard_run, tree):
