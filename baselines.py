@@ -3,6 +3,8 @@
 A network that does not beat these has shown nothing about cells.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -30,21 +32,28 @@ def colour_statistics(pixels: np.ndarray, kind: str, cut_strip: bool = False) ->
     return np.array(rows, dtype=np.float32)
 
 
+@lru_cache(maxsize=1)  # folds, seeds and networks of one run share them
+def colour_features(images: Images) -> dict[tuple[str, str], np.ndarray]:
+    """The statistics of every image, by (features, strip)."""
+    pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return {(kind, strip): colour_statistics(pixels, kind, strip == "cut") for kind, strip in
+            (("means", "included"), ("statistics", "included"), ("statistics", "cut"))}
+
+
 def colour_only(images: Images, split: Split) -> list[dict]:
     """Accuracy with Wilson interval on validation and test, a row per statistics and classifier.
 
     Fitted on the training part, features standardised there; RBF SVM with C = 10, gamma "scale".
     """
-    pixels, labels = images.pixels.permute(0, 2, 3, 1).cpu().numpy(), images.labels.numpy()
-    rows = []
-    for kind, cut in (("means", False), ("statistics", False), ("statistics", True)):
-        x = colour_statistics(pixels, kind, cut)
+    labels, rows = images.labels.numpy(), []
+    for (kind, strip), x in colour_features(images).items():
         for name, classifier in (("1-nn", KNeighborsClassifier(1)), ("rbf-svm", SVC(C=10))):
             fitted = make_pipeline(StandardScaler(), classifier)
             fitted.fit(x[split["train"]], labels[split["train"]])
-            row = {"features": kind, "strip": "cut" if cut else "included", "classifier": name}
+            row = {"features": kind, "strip": strip, "classifier": name}
             for part in ("val", "test"):
-                correct = fitted.predict(x[split[part]]) == labels[split[part]]
-                row[part] = wilson(int(correct.sum()), len(correct))
+                indices = split[part]
+                correct = sum(fitted.predict(x[indices]) == labels[indices]) if len(indices) else 0
+                row[part] = wilson(int(correct), len(indices))
             rows.append(row)
     return rows

@@ -39,7 +39,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # se
 SAMPLERS = ("shuffle", "balanced", "dual")
 
 
-@dataclass
+@dataclass(eq=False)  # one set is itself alone: hashable, so that what is made of it can be kept
 class Images:
     """A decoded data set. pixels: uint8 [N, 3, H, W], stored channels last; labels: int64 [N]."""
     pixels: Tensor
@@ -61,16 +61,19 @@ class Images:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of data, split and clients, shared by every script that reads images."""
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="one folder per class; without it: synthetic smears")
     add("--image-size", type=integer(8), default=224, help="side in pixels (default 224)")
     add("--skip-bad", action="store_true", help="go on without unreadable images, and record which")
-    group = parser.add_argument_group("split and clients")
-    add = group.add_argument
+    add = parser.add_argument_group("split").add_argument
     add("--split", choices=splits.SPLITS, default="random", help="default: random 80/10/10")
     add("--split-seed", type=integer(0), default=42, help="seed of split and partition")
     add("--groups", metavar="CSV", help="path,group rows for --split grouped (default: duplicates)")
+
+
+def add_client_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that deal the training part to clients."""
+    add = parser.add_argument_group("clients").add_argument
     add("--clients", type=integer(1), default=4, help="number of hospitals (default 4)")
     add("--partition", choices=splits.PARTITIONS, default="iid", help="default: iid, equal sizes")
     add("--alpha", type=number(0, open_low=True), default=0.3, help="of the Dirichlet partitions")
@@ -228,31 +231,54 @@ def read_groups(path: str, paths: list[str]) -> list[str]:
     return [groups[p] for p in paths]
 
 
-def make_split(args: argparse.Namespace, images: Images) -> tuple[splits.Split, list[np.ndarray]]:
-    """(split, clients) as the flags say; prints test images with an identical twin in training."""
-    if args.groups and args.split != "grouped":
-        raise InputError("--groups is used by --split grouped only")
-    labels = images.labels.numpy()
-    groups = read_groups(args.groups, images.paths) if args.groups else images.digests
-    split = splits.make_split(args.split, labels, args.split_seed, paths=images.paths,
-                              groups=groups)
-    absent = set(range(len(images.classes))) - set(labels[split["train"]].tolist())
-    if absent:
-        raise InputError(f"class {images.classes[min(absent)]} is too small for the {args.split} "
-                         "split: the training part has none of it")
+def make_split(args: argparse.Namespace, images: Images) -> splits.Split:
+    """The split that the flags describe; prints test images with an identical twin in training."""
+    split = splits.make_split(args.split, images.labels.numpy(), args.split_seed,
+                              paths=images.paths, groups=_groups(args, images))
     if args.split == "stratified80":
         warn("WARNING: --split stratified80 selects the model on its own test part (the paper's "
              "Table 1): its test figures are optimistic")
-    clients = splits.partition(args.partition, labels, split["train"], args.clients,
-                               args.split_seed, alpha=args.alpha,
-                               classes_per_client=args.classes_per_client)
+    _check_parts(args, images, [split])
+    return split
+
+
+def make_folds(args: argparse.Namespace, images: Images) -> list[splits.Split]:
+    """The --folds splits of k-fold cross-validation, checked and described like `make_split`."""
+    folds = splits.make_folds(args.split, images.labels.numpy(), args.folds, args.split_seed,
+                              inner_val=args.inner_val, paths=images.paths,
+                              groups=_groups(args, images))
+    _check_parts(args, images, folds)
+    return folds
+
+
+def _groups(args: argparse.Namespace, images: Images) -> list[str]:
+    if args.groups and args.split != "grouped":
+        raise InputError("--groups is used by --split grouped only")
+    return read_groups(args.groups, images.paths) if args.groups else images.digests
+
+
+def _check_parts(args: argparse.Namespace, images: Images, several: list[splits.Split]) -> None:
+    """Every class must be in every training part; identical images across parts are told."""
+    labels, twins, sizes = images.labels.numpy(), Counter(), Counter()
+    for split in several:
+        absent = set(range(len(images.classes))) - set(labels[split["train"]].tolist())
+        if absent:
+            raise InputError(f"class {images.classes[min(absent)]} is too small for the "
+                             f"{args.split} split: the training part has none of it")
+        for part in ("val", "test"):
+            twins[part] += splits.count_twins(images.digests, split[part], split["train"])
+            sizes[part] += len(split[part])
     copies = len(images.digests) - len(set(images.digests))
-    twins = {part: splits.count_twins(images.digests, split[part], split["train"])
-             for part in ("val", "test")}
     print(f"identical images: {copies} copies of another; with a twin in training: "
-          f"{twins['val']} of {len(split['val'])} validation, "
-          f"{twins['test']} of {len(split['test'])} test images")
-    return split, clients
+          f"{twins['val']} of {sizes['val']} validation, "
+          f"{twins['test']} of {sizes['test']} test images")
+
+
+def make_clients(args: argparse.Namespace, images: Images, split: splits.Split) -> list[np.ndarray]:
+    """The training part dealt to the clients that the flags describe."""
+    return splits.partition(args.partition, images.labels.numpy(), split["train"], args.clients,
+                            args.split_seed, alpha=args.alpha,
+                            classes_per_client=args.classes_per_client)
 
 
 # ---- batches ----------------------------------------------------------------------------------
@@ -322,7 +348,8 @@ def describe(args: argparse.Namespace, images: Images) -> None:
     print(f"  {images.ignored} hidden or non-image file(s) ignored, {len(images.bad)} unreadable")
     for path, reason in images.bad:
         print(f"  unreadable: {path} ({reason})")
-    split, clients = make_split(args, images)
+    split = make_split(args, images)
+    clients = make_clients(args, images, split)
     labels = images.labels.numpy()
     parts = {"all": np.arange(len(labels)), **split}
     parts |= {f"client {k}": part for k, part in enumerate(clients)}
@@ -352,6 +379,7 @@ def contact_sheet(images: Images, path: Path, columns: int = 8) -> None:
 def main() -> None:
     parser = make_parser(__doc__)
     add_arguments(parser)
+    add_client_arguments(parser)
     parser.add_argument("--sheet", metavar="PNG", help="default runs/data-NAME.png")
     args = parser.parse_args()
     args.skip_bad = True  # a description lists the unreadable ones and goes on

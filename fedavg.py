@@ -160,7 +160,7 @@ def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State],
                        for name, parameter in model.named_parameters()]
             norm = torch.stack(squares).sum().sqrt().item()
             state = model.state_dict()
-            finite = torch.stack([v.isfinite().all() for v in state.values()]).all().item()
+            finite = models.is_finite(state)
             records.append({"client": client_id, "num_examples": len(clients[client_id]), **record,
                             "update_norm": norm if finite else None, "left_out": not finite})
             if not finite:
@@ -190,9 +190,10 @@ def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State],
 # ---- the client -------------------------------------------------------------------------------
 
 def class_weights(labels: np.ndarray, num_classes: int, device: torch.device) -> Tensor:
-    """w_c = n / (C · n_c) of eq. 3, float32 [C]; labels: the whole training part."""
+    """w_c = n / (C · n_c) of eq. 3, float32 [C]; labels: the whole training part. 0 if absent."""
     counts = np.bincount(labels, minlength=num_classes)
-    return torch.tensor(len(labels) / (num_classes * counts), dtype=torch.float32, device=device)
+    weights = (counts > 0) * len(labels) / (num_classes * np.maximum(counts, 1))
+    return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None,

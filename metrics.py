@@ -12,6 +12,8 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 BOOTSTRAP = 1000  # resamples of the percentile intervals
 BINS = 15  # of the expected calibration error
+FIGURES = ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1", "weighted_precision",
+           "weighted_recall", "weighted_f1", "kappa", "roc_auc")  # one number each, of `measure`
 
 
 def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
@@ -157,3 +159,38 @@ def _percentiles(values: np.ndarray) -> dict:
         return {"low": None, "high": None}
     low, high = np.percentile(values, (2.5, 97.5))
     return {"low": float(low), "high": float(high)}
+
+
+def mean_sd(values: list[dict | float | None]) -> dict:
+    """Mean and sample standard deviation (ddof 1) over runs or folds of what is defined; n of them.
+
+    A figure with interval counts by its value.
+    """
+    plain = [v["value"] if isinstance(v, dict) else v for v in values]
+    known = np.array([v for v in plain if v is not None])
+    return {"n": len(known), "mean": float(known.mean()) if len(known) else None,
+            "sd": float(known.std(ddof=1)) if len(known) > 1 else None}
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> dict:
+    """Exact two-sided McNemar test of two classifiers on the same images (McNemar 1947).
+
+    a, b: bool [n], correct or not. The images that only one of them gets right are `a_only` and
+    `b_only`; p is the binomial probability of a split at least as uneven, 1 where there is none.
+    """
+    a_only, b_only = int((a & ~b).sum()), int((b & ~a).sum())
+    discordant = a_only + b_only
+    p = binomtest(a_only, discordant).pvalue if discordant else 1.0
+    return {"a_only": a_only, "b_only": b_only, "p": float(p)}
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict:
+    """Mean of a - b over the same images with its percentile bootstrap 95 % interval.
+
+    a, b: float [n], per image correct (0 or 1) or the share of several runs that are. Images are
+    resampled in pairs.
+    """
+    n = len(a)
+    values, counts = np.unique(a.astype(float) - b, return_counts=True)  # few distinct
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, 10 * BOOTSTRAP)
+    return {"value": float(values @ counts / n), **_percentiles(drawn @ values / n)}

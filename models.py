@@ -134,6 +134,15 @@ def load_matching(model: nn.Module, state: State, head: str, source: str) -> Non
     model.load_state_dict(state, strict=False)
 
 
+def moved(state: State, device: torch.device | str) -> State:
+    """A copy of `state` on `device`, sharing no memory with it."""
+    return {key: value.to(device, copy=True) for key, value in state.items()}
+
+
+def is_finite(state: State) -> bool:
+    return bool(torch.stack([value.isfinite().all() for value in state.values()]).all())
+
+
 def batchnorm_keys(model: nn.Module) -> list[str]:
     """State entries (affine, running statistics, counters) that belong to BatchNorm layers."""
     return [f"{name}.{key}" for name, module in model.named_modules()

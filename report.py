@@ -20,12 +20,40 @@ def plot_history(history: list[dict], best_round: int, path: Path, unit: str = "
     for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
         axis.plot(rounds, [r[f"train_{key}"] for r in history], "o-", ms=3,
                   label="training (augmented batches)")
-        axis.plot(rounds, [r[f"val_{key}"] for r in history], "s-", ms=3, label="validation")
+        val = [(r[unit], r[f"val_{key}"]) for r in history if r[f"val_{key}"] is not None]
+        if val:
+            axis.plot(*zip(*val, strict=True), "s-", ms=3, label="validation")
         axis.axvline(best_round, color="grey", lw=0.8, ls="--", label=f"best {unit}")
         axis.set(xlabel=unit, ylabel=key)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_curves(histories: list[list[dict]], path: Path) -> None:
+    """Mean training and validation curves over folds or sites, shaded by ± one sd.
+
+    Where early stopping ends some of them sooner, the mean is over those that go on.
+    """
+    figure = Figure(figsize=(9, 3.4))
+    axes = figure.subplots(1, 2)
+    for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
+        for part, name in (("train", "training (augmented batches)"), ("val", "validation")):
+            by_epoch: dict[int, list[float]] = {}
+            for record in (r for history in histories for r in history):
+                if record[f"{part}_{key}"] is not None:
+                    by_epoch.setdefault(record["epoch"], []).append(record[f"{part}_{key}"])
+            epochs = sorted(by_epoch)
+            mean = np.array([np.mean(by_epoch[e]) for e in epochs])
+            sd = np.array([np.std(by_epoch[e], ddof=1) if len(by_epoch[e]) > 1 else 0
+                           for e in epochs])
+            line, = axis.plot(epochs, mean, "o-", ms=2, label=f"{name}, mean of {len(histories)}")
+            axis.fill_between(epochs, mean - sd, mean + sd, alpha=0.2, color=line.get_color())
+        axis.set(xlabel="epoch", ylabel=key)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, title="shaded: ± sd", title_fontsize=8)
     _save(figure, path)
 
 
@@ -105,6 +133,8 @@ def summary_rows(results: dict, unit: str = "round") -> list[list]:
     for which in ("best", "last"):
         for part in ("val", "test"):
             m = results[which][part]
+            if m is None:  # trained without a validation part
+                continue
             rows.append([f"{which} ({unit} {results[which][unit]})", part, m["n"], show(m["loss"]),
                          show(m["accuracy"]), show(m["macro_f1"]), show(m["kappa"]),
                          show(m["roc_auc"])])
@@ -115,9 +145,10 @@ SUMMARY = ["model", "part", "n", "loss", "accuracy (95 %)", "macro F1", "kappa",
 
 
 def best_colour_row(results: dict, kind: str) -> dict:
-    """The classifier on colour `kind` (means, statistics) that is best on validation."""
+    """The classifier on colour `kind` (means, statistics) that is best on validation; the first of
+    the list where nothing validates."""
     rows = [row for row in results["colour_only"] if row["features"] == kind]
-    return max(rows, key=lambda row: row["val"]["value"])
+    return max(rows, key=lambda row: row["val"]["value"] or 0)
 
 
 def colour_rows(results: dict) -> list[list]:
@@ -125,16 +156,55 @@ def colour_rows(results: dict) -> list[list]:
              show(row["val"]), show(row["test"])] for row in results["colour_only"]]
 
 
-def print_summary(results: dict, unit: str = "round") -> None:
-    """The table at the end of a run, on stdout, in aligned columns."""
-    rows = [SUMMARY, *summary_rows(results, unit)]
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(SUMMARY))]
-    for row in rows:
+def print_table(header: list[str], rows: list[list]) -> None:
+    """Aligned columns on stdout."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
         print("  ".join(str(x).ljust(w) for x, w in zip(row, widths, strict=True)).rstrip())
+
+
+def print_summary(results: dict, unit: str = "round") -> None:
+    """The table at the end of a run."""
+    print_table(SUMMARY, summary_rows(results, unit))
+    print_colour(results)
+
+
+def print_colour(results: dict) -> None:
     for kind in ("means", "statistics"):
         top = best_colour_row(results, kind)
         print(f"colour {kind} alone ({top['classifier']}, strip {top['strip']}): validation "
               f"{show(top['val'])}, test {show(top['test'])}")
+
+
+def show_mean(figure: dict) -> str:
+    """{"mean", "sd", "n"} as `0.9815 ± 0.0031`."""
+    if figure["mean"] is None:
+        return "–"
+    return show(figure["mean"]) + ("" if figure["sd"] is None else f" ± {show(figure['sd'])}")
+
+
+MEMBERS = ["part", "training images", "best epoch", "n", "accuracy (95 %)", "macro F1", "kappa",
+           "AUC"]
+
+
+def member_rows(results: dict) -> list[list]:
+    """A row per fold or site, then their mean ± sd, then the pooled predictions if there are."""
+    keys = ("accuracy", "macro_f1", "kappa", "roc_auc")
+    rows = [[m["name"], m["train"], m["epoch"], m["n"], *(show(m[key]) for key in keys)]
+            for m in results["members"]]
+    rows.append([f"mean ± sd of {len(rows)}", "", "", "",
+                 *(show_mean(results["mean"][key]) for key in keys)])
+    if "best" in results:
+        m = results["best"]["test"]
+        rows.append(["pooled, out of fold", "", "", m["n"], *(show(m[key]) for key in keys)])
+    return rows
+
+
+def print_pooled(results: dict) -> None:
+    """The table at the end of a run of folds or sites."""
+    print_table(MEMBERS, member_rows(results))
+    if "colour_only" in results:
+        print_colour(results)
 
 
 def client_table(figures: dict) -> str:
@@ -169,40 +239,77 @@ SYNTHETIC = {"level": "Each picture is drawn independently.",
              "leaks": "none else by construction.", "intervals": "Here that holds."}
 
 
-def report_page(folder: Path, run: dict, results: dict, twins: int) -> str:
-    """`report.md`: tables and figures on one page, ending with the model card."""
-    arguments, test = run["arguments"], results["best"]["test"]
-    unit = "round" if "round" in results["best"] else "epoch"
+def head(folder: Path, run: dict, results: dict) -> str:
+    """Title, command and cost."""
     loud = "**SYNTHETIC DATA: drawn, not medical. Figures show that the code works, no more.**\n\n"
-    top = best_colour_row(results, "statistics")
-    per_class = [[name, *(show(m[k]) for k in ("precision", "recall", "specificity", "f1", "auc")),
-                  m["support"]] for name, m in test["per_class"].items()]
-    malignant = test["malignant"]
-    settings = [[k, v] for k, v in arguments.items()
-                if v is not None and v is not False]  # a zero is a setting
-    sections = [(
+    return (
         f"# {folder.name}\n\n{loud if run['synthetic'] else ''}"
         f"`python {run['script']} {' '.join(run['argv'])}`\n\n"
         f"{run['images']} images of {run['data']}; {results['images_seen']} training passes in "
         f"{results['optimizer_steps']} optimiser steps, {results['seconds']:.0f} s on "
         f"{run['machine']['device']} ({run['machine']['name']}, {run['machine']['threads']} "
-        f"threads), torch {run['machine']['torch']}, commit {run['git']}."), (
-        f"## Results\n\nBest = lowest validation loss, the earliest on ties; the test part was "
-        f"touched after training only.\n\n{markdown(SUMMARY, summary_rows(results, unit))}"),
-        "### Per class (best model, test)\n\n" + markdown(
-            ["class", "precision", "recall", "specificity", "F1", "AUC", "support"], per_class),
-        "" if malignant is None else
-        f"Malignant against benign: sensitivity {show(malignant['sensitivity'])}, specificity "
-        f"{show(malignant['specificity'])}. ECE {show(test['ece'])}, Brier {show(test['brier'])}.",
-        client_table(test),
-        "### What colour alone reaches\n\nNo network: classifiers on whole-image colour.\n\n"
-        + markdown(["statistics", "validation", "test"], colour_rows(results)),
-        "## Figures\n\n" + "\n\n".join(f"![{p.stem}]({p.name})"
-                                        for p in sorted(folder.glob("*.png"))),
-        "## Settings\n\n" + markdown(["argument", "value"], settings),
-        MODEL_CARD.format(
-            data=f"{run['data']}, {run['images']} images, classes {', '.join(run['classes'])}",
-            fingerprint=run["fingerprint"][:16], split=arguments["split"], twins=twins,
-            split_seed=arguments["split_seed"], n=test["n"], colour=show(top["test"]),
-            **(SYNTHETIC if run["synthetic"] else REAL))]
+        f"threads), torch {run['machine']['torch']}, commit {run['git']}.")
+
+
+def class_table(test: dict, title: str) -> str:
+    """Per class, and malignant against benign."""
+    rows = [[name, *(show(m[k]) for k in ("precision", "recall", "specificity", "f1", "auc")),
+             m["support"]] for name, m in test["per_class"].items()]
+    text = f"### Per class ({title})\n\n" + markdown(
+        ["class", "precision", "recall", "specificity", "F1", "AUC", "support"], rows)
+    if test["malignant"] is not None:
+        text += (f"\n\nMalignant against benign: sensitivity "
+                 f"{show(test['malignant']['sensitivity'])}, specificity "
+                 f"{show(test['malignant']['specificity'])}. ECE {show(test['ece'])}, Brier "
+                 f"{show(test['brier'])}.")
+    return text
+
+
+def colour_table(results: dict) -> str:
+    return ("### What colour alone reaches\n\nNo network: classifiers on whole-image colour.\n\n"
+            + markdown(["statistics", "validation", "test"], colour_rows(results)))
+
+
+def tail(folder: Path, run: dict, twins: int, n: int, colour: str) -> str:
+    """Figures, settings and model card."""
+    figures = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(folder.glob("*.png")))
+    settings = [[k, v] for k, v in run["arguments"].items()
+                if v is not None and v is not False]  # a zero is a setting
+    card = MODEL_CARD.format(
+        data=f"{run['data']}, {run['images']} images, classes {', '.join(run['classes'])}",
+        fingerprint=run["fingerprint"][:16], split=run["arguments"]["split"], twins=twins,
+        split_seed=run["arguments"]["split_seed"], n=n, colour=colour,
+        **(SYNTHETIC if run["synthetic"] else REAL))
+    return (f"## Figures\n\n{figures}\n\n## Settings\n\n"
+            f"{markdown(['argument', 'value'], settings)}\n\n{card}")
+
+
+def report_page(folder: Path, run: dict, results: dict, twins: int) -> str:
+    """`report.md` of one trained network: tables and figures, ending with the model card."""
+    test = results["best"]["test"]
+    unit = "round" if "round" in results["best"] else "epoch"
+    chosen = ("Best = lowest validation loss, the earliest on ties; the test part was touched "
+              "after training only." if results["best"]["val"] else
+              "No validation part: the last epoch is scored.")
+    sections = [
+        head(folder, run, results),
+        f"## Results\n\n{chosen}\n\n{markdown(SUMMARY, summary_rows(results, unit))}",
+        class_table(test, "best model, test"), client_table(test), colour_table(results),
+        tail(folder, run, twins, test["n"],
+             show(best_colour_row(results, "statistics")["test"]))]
     return "\n\n".join(s for s in sections if s)
+
+
+def pooled_page(folder: Path, run: dict, results: dict, twins: int) -> str:
+    """`report.md` of a run of folds, or of single sites."""
+    sections = [head(folder, run, results), "## Results", markdown(MEMBERS, member_rows(results)),
+                "Each row is a run in the folder of that name, with a report of its own."]
+    n = sum(m["n"] for m in results["members"])
+    colour = "what the report of each part says"
+    if "best" in results:
+        sections += [("The standard deviation over folds is no standard error: training parts "
+                      "overlap. The interval is that of the pooled predictions."),
+                     class_table(results["best"]["test"], "pooled, out of fold"),
+                     colour_table(results)]
+        colour = show(best_colour_row(results, "statistics")["test"])
+    return "\n\n".join([*sections, tail(folder, run, twins, n, colour)])

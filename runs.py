@@ -10,9 +10,12 @@ import csv
 import io
 import json
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +23,7 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
-from checks import InputError, make_parser, warn
+from checks import InputError, integer, make_parser, warn
 from data import Images
 from models import read_file, write_whole
 from splits import Split
@@ -33,21 +36,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run folder").add_argument
     add("--out", metavar="DIR", help="default: runs/ and a name of script, model, data and seed")
     add("--resume", metavar="DIR", help="continue a run with the arguments recorded in it")
+    add("--seeds", type=integer(0), nargs="+", metavar="SEED",
+        help="one run per seed, each in a folder of its own, then their table")
 
 
-def parse(description: str, groups: Sequence, demonstration: dict,
+def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Namespace], dict],
           argv: list[str] | None) -> argparse.Namespace:
-    """Parse flags; without --data the demonstration's defaults hold, with --resume the run's own.
+    """Parse flags over the defaults that hold for them, with --resume over the run's own.
 
-    groups: functions that add arguments. Raises InputError for a folder that is no run, and for
-    flags that differ from those recorded there.
+    groups: functions that add arguments; defaults: what other flags (no --data, --like) set where
+    nothing is given. Raises InputError for a folder that is no run, and for flags that differ from
+    those recorded there.
     """
     parser = make_parser(description)
     for add_group in (*groups, add_arguments):
         add_group(parser)
     args = parser.parse_args(argv)
     if args.resume is not None:
-        recorded = read_json(Path(args.resume) / "run.json")["arguments"]
+        run = read_json(Path(args.resume) / "run.json")
+        recorded = run["arguments"]
+        if not set(recorded) <= set(vars(args)):
+            raise InputError(f"--resume {args.resume}: a run of {run['script']}")
+        if run.get("part_of"):
+            raise InputError(f"--resume {args.resume}: part of a larger run, resume "
+                             f"{Path(args.resume).parent}")
         parser.set_defaults(**recorded)
         again = vars(parser.parse_args(argv))
         for name, value in recorded.items():
@@ -57,9 +69,8 @@ def parse(description: str, groups: Sequence, demonstration: dict,
         if args.out is not None:
             raise InputError("--resume continues its own folder; --out has no place beside it")
         return argparse.Namespace(**again)
-    if args.data is None:
-        parser.set_defaults(**demonstration)
-        args = parser.parse_args(argv)
+    parser.set_defaults(**defaults(args))
+    args = parser.parse_args(argv)
     if args.out is not None and Path(args.out).exists():
         raise InputError(f"--out {args.out}: exists already (--resume continues a run)")
     return args
@@ -87,25 +98,40 @@ def write_json(path: Path, content: dict) -> None:
 def create(args: argparse.Namespace, script: str, images: Images, device: torch.device,
            argv: list[str] | None) -> Path:
     """Make the run folder and write `run.json`."""
-    base = Path(args.out or f"runs/{script}-{args.model}-{images.name}-seed{args.seed}")
+    networks = "-".join(getattr(args, "models", None) or [args.model])
+    seeds = f"seed{args.seed}" if not args.seeds else "seeds" + "-".join(map(str, args.seeds))
+    folder = new_folder(args.out, f"runs/{script}-{networks}-{images.name}-{seeds}")
+    write_run(folder, args, script, images, device, argv)
+    return folder
+
+
+def new_folder(out: str | None, default: str) -> Path:
+    """Make the folder that --out names, or the default one, numbered if taken."""
+    base = Path(out or default)
     folder, number = base, 1
     while True:
         try:
             folder.mkdir(parents=True)
-            break
+            return folder
         except FileExistsError:
-            if args.out is not None:
-                raise InputError(f"--out {args.out}: exists already") from None
+            if out is not None:
+                raise InputError(f"--out {out}: exists already") from None
             number += 1
             folder = base.with_name(f"{base.name}-{number}")
+
+
+def write_run(folder: Path, args: argparse.Namespace, script: str, images: Images,
+              device: torch.device, argv: list[str] | None, part_of: str | None = None) -> None:
+    """`run.json`: everything that made the run what it is. part_of: the run it is a fold or a
+    single site of."""
     write_json(folder / "run.json", {
-        "script": f"train_{script}.py", "argv": sys.argv[1:] if argv is None else argv,
+        "script": f"train_{script}.py", "part_of": part_of,
+        "argv": sys.argv[1:] if argv is None else argv,
         "arguments": {k: v for k, v in vars(args).items() if k not in UNRECORDED},
         "seed": args.seed, "synthetic": args.data is None, "data": images.name,
         "fingerprint": images.fingerprint(), "classes": images.classes,
         "images": len(images.paths), "ignored_files": images.ignored, "bad_files": images.bad,
         "machine": machine(device), "git": git_commit()})
-    return folder
 
 
 def machine(device: torch.device) -> dict:
@@ -128,23 +154,80 @@ def git_commit() -> str | None:
         return None
 
 
-def resume(folder: Path, images: Images, device: torch.device) -> dict | None:
-    """The last checkpoint of a run, None if it was killed before its first.
+def begin(args: argparse.Namespace, script: str, images: Images, device: torch.device,
+          argv: list[str] | None) -> Path:
+    """The run folder: a new one, or the one to resume.
 
-    Refuses other data (InputError), warns of another machine or version.
+    Refuses to resume on other data (InputError), warns of another machine or version.
     """
-    run = read_json(folder / "run.json")
+    if args.resume is None:
+        return create(args, script, images, device, argv)
+    run = read_json(Path(args.resume) / "run.json")
     if run["fingerprint"] != images.fingerprint():
-        raise InputError(f"--resume {folder}: the images are not those of the run")
+        raise InputError(f"--resume {args.resume}: the images are not those of the run")
     for key, value in machine(device).items():
         if run["machine"].get(key) != value:
             warn(f"note: {key} was {run['machine'].get(key)} and is {value}: results may differ "
                  "from an uninterrupted run")
+    return Path(args.resume)
+
+
+def last_checkpoint(folder: Path) -> dict | None:
+    """Where a run stands; None if it was killed before its first checkpoint."""
     if not (folder / "last.pt").exists():
         return None
     checkpoint = read_file(folder / "last.pt")
     write_history(folder, checkpoint["history"])  # lines after the checkpoint will come again
     return checkpoint
+
+
+@contextmanager
+def resumable(folder: Path, script: str) -> Iterator[None]:
+    """Ctrl-C and lost weights end a run with one line that says what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        warn(f"\nstopped; go on with: python train_{script}.py --resume {folder}")
+        raise SystemExit(130) from None
+    except FloatingPointError as error:
+        warn(f"{error}; the last good state is kept in {folder}")
+        raise SystemExit(1) from None
+
+
+def each(main: Callable[[list[str]], None], folder: Path, flag: str, values: list,
+         single: str) -> list[Path]:
+    """Run `main` once per value of `--seeds` or `--models`, each run in its own folder in `folder`.
+
+    Every one is an ordinary run that may be resumed by itself; those that are complete are kept.
+    """
+    argv = without(read_json(folder / "run.json")["argv"], flag, single, "--out")
+    done = []
+    for value in values:
+        part = folder / f"{single[2:] if isinstance(value, int) else ''}{value}"
+        print(f"---- {single[2:]} {value}: {part}", flush=True)
+        if part.exists() and not (part / "run.json").exists():
+            shutil.rmtree(part)  # killed between making it and writing in it
+        try:
+            if not part.exists():
+                main([*argv, single, str(value), "--out", str(part)])
+            elif not (part / "results.json").exists():
+                main(["--resume", str(part)])
+        except SystemExit:
+            warn(f"and with all that follows it: --resume {folder}")
+            raise
+        done.append(part)
+    return done
+
+
+def without(argv: list[str], *flags: str) -> list[str]:
+    """A command line less the given flags and their values."""
+    kept, dropping = [], False
+    for token in argv:
+        if token.startswith("--"):
+            dropping = token.partition("=")[0] in flags
+        if not dropping:
+            kept.append(token)
+    return kept
 
 
 def append_history(folder: Path, record: dict) -> None:
@@ -154,6 +237,10 @@ def append_history(folder: Path, record: dict) -> None:
 
 def write_history(folder: Path, history: list[dict]) -> None:
     write_text(folder / "history.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+
+
+def read_history(folder: Path) -> list[dict]:
+    return [json.loads(x) for x in (folder / "history.jsonl").read_text("utf-8").splitlines()]
 
 
 def _csv(rows: list[list]) -> str:
@@ -192,3 +279,30 @@ def write_predictions(folder: Path, images: Images, split: Split, logits: dict) 
                              images.classes[p.argmax()], *(f"{x:.9g}" for x in p)])
     header = ["path", "label", "split", "prediction", *(f"p_{c}" for c in images.classes)]
     write_text(folder / "predictions.csv", _csv([header, *rows]))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The test rows of a `predictions.csv`, in the order of their paths."""
+    paths: list[str]
+    labels: np.ndarray  # int64 [n]
+    logits: np.ndarray  # float64 [n, C], the logarithms of the probabilities written
+    classes: list[str]
+
+
+def read_predictions(folder: Path) -> Predictions:
+    """Test images (all out-of-fold ones of a k-fold run) as `write_predictions` wrote them."""
+    try:
+        with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file)
+        classes = [name.removeprefix("p_") for name in header[4:]]
+        rows = sorted(row for row in rows if row[2] in ("test", "val+test") or "fold" in row[2])
+        p = np.array([row[4:] for row in rows], dtype=np.float64).reshape(len(rows), len(classes))
+        labels = np.array([classes.index(row[1]) for row in rows], dtype=np.int64)
+    except FileNotFoundError:
+        raise InputError(f"{folder}: has no predictions.csv; is the run complete?") from None
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{folder}/predictions.csv: damaged ({error})") from None
+    if not rows:
+        raise InputError(f"{folder}/predictions.csv: no test image in it")
+    return Predictions([row[0] for row in rows], labels, np.log(np.maximum(p, 1e-45)), classes)

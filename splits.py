@@ -8,11 +8,17 @@ import re
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import (
+    KFold,
+    StratifiedGroupKFold,
+    StratifiedKFold,
+    train_test_split,
+)
 
 from checks import InputError
 
 SPLITS = ("random", "stratified", "stratified80", "grouped", "blocked")
+FOLDS = ("stratified", "random", "grouped", "blocked")  # of k-fold cross-validation
 PARTITIONS = ("iid", "dirichlet", "dirichlet-equal", "shards")
 EMBARGO = 30  # files dropped at each boundary of a blocked split: neighbours share a field of view
 RETRIES = 1000
@@ -42,7 +48,7 @@ def make_split(kind: str, labels: np.ndarray, seed: int, *, paths: list[str] | N
         train, test = _stratified(np.arange(n), labels, 0.2, seed)
         val = test
     elif kind == "grouped":
-        train, val, test = _grouped(groups, tenth, seed)
+        test, val, train = _take_groups(groups, [tenth, tenth], seed)
     elif kind == "blocked":
         train, val, test = _blocked(labels, paths)
     else:
@@ -63,18 +69,18 @@ def _stratified(indices: np.ndarray, labels: np.ndarray, size: float, seed: int)
         raise InputError(f"a class is too small for a stratified split: {error}") from None
 
 
-def _grouped(groups: list[str], tenth: int, seed: int) -> list[list[int]]:
-    """Whole groups, shuffled, go to the first of test and validation with room, else to train."""
+def _take_groups(groups: list[str], sizes: list[int], seed: int) -> list[list[int]]:
+    """Whole groups, shuffled, each to the first part with room for it; the rest is a last part."""
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
     names = list(members)
-    train, val, test = [], [], []
+    parts: list[list[int]] = [[] for _ in (*sizes, None)]
     for i in np.random.default_rng(seed).permutation(len(names)):
         group = members[names[i]]
-        part = next((p for p in (test, val) if len(p) + len(group) <= tenth), train)
-        part.extend(group)
-    return [train, val, test]
+        room = (p for p, size in zip(parts, sizes) if len(p) + len(group) <= size)
+        next(room, parts[-1]).extend(group)
+    return parts
 
 
 def file_number(path: str) -> tuple:
@@ -97,6 +103,65 @@ def _blocked(labels: np.ndarray, paths: list[str]) -> list[list[int]]:
         val += order[end_train + EMBARGO:end_val]
         test += order[end_val + EMBARGO:]
     return [train, val, test]
+
+
+def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_val: float = 0.1,
+               paths: list[str] | None = None, groups: list[str] | None = None) -> list[Split]:
+    """K-fold cross-validation (section 3.5): K splits whose test parts are disjoint and cover all.
+
+    `val` is the share `inner_val` of what a fold leaves for training, taken in the manner of the
+    folds and never from its test part; empty where inner_val is 0. `grouped`: StratifiedGroupKFold
+    over `groups`, none cut. `blocked`: per class K runs of consecutive file numbers, 30 files
+    dropped beside the test part, and beside the validation part that precedes it. Raises InputError
+    for more folds than a class has images (or groups), and for parts that would be empty.
+    """
+    if kind not in FOLDS:
+        raise InputError(f"--split {kind} knows no folds; one of {', '.join(FOLDS)}")
+    units = np.arange(len(labels))  # what may not be cut
+    if kind == "grouped":
+        units = np.unique(groups, return_inverse=True)[1]
+    for c in np.unique(labels):
+        available = len(np.unique(units[labels == c]))
+        if available < folds:
+            raise InputError(f"{folds} folds are more than the {available} "
+                             f"{'groups' if kind == 'grouped' else 'images'} of class number {c}")
+    if kind == "blocked":
+        return [_blocked_fold(labels, paths, folds, k, inner_val) for k in range(folds)]
+    family = {"random": KFold, "stratified": StratifiedKFold, "grouped": StratifiedGroupKFold}[kind]
+    splitter = family(folds, shuffle=True, random_state=seed)
+    out = []
+    for rest, test in splitter.split(labels, labels, units if kind == "grouped" else None):
+        train, val = rest, rest[:0]
+        if inner_val and kind == "grouped":
+            val, train = (rest[np.array(part, dtype=int)] for part in _take_groups(
+                units[rest].tolist(), [round(inner_val * len(rest))], seed))
+        elif inner_val and kind == "stratified":
+            train, val = _stratified(rest, labels, inner_val, seed)
+        elif inner_val:
+            train, val = train_test_split(rest, test_size=inner_val, random_state=seed)
+        out.append({"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)})
+    if inner_val and not all(len(fold["val"]) for fold in out):
+        raise InputError(f"an inner validation share of {inner_val:g} is no image")
+    return out
+
+
+def _blocked_fold(labels: np.ndarray, paths: list[str], folds: int, k: int,
+                  inner_val: float) -> Split:
+    """The k-th run of each class tests; what follows it, wrapping round, trains, then validates."""
+    parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for c in np.unique(labels):
+        order = sorted(np.flatnonzero(labels == c), key=lambda i: file_number(paths[i]))
+        start, end = (round(j * len(order) / folds) for j in (k, k + 1))
+        rest = order[end + EMBARGO:] + order[:max(start - EMBARGO, 0)]
+        val = round(inner_val * len(rest))
+        train = len(rest) - (val + EMBARGO if val else 0)
+        if train <= 0:
+            raise InputError(f"class number {c} has {len(order)} images, too few for {folds} "
+                             f"blocked folds with {EMBARGO} files dropped at each boundary")
+        parts["train"] += rest[:train]
+        parts["val"] += rest[len(rest) - val:]
+        parts["test"] += order[start:end]
+    return {name: np.sort(np.array(part, dtype=np.int64)) for name, part in parts.items()}
 
 
 def count_twins(digests: list[str], part: np.ndarray, train: np.ndarray) -> int:

@@ -194,6 +194,6 @@ def test_help_names_every_group(capsys):
         train_federated.main(["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    for group in ("data", "split and clients", "model", "federation", "local training",
+    for group in ("data", "split", "clients", "model", "federation", "local training",
                   "run folder", "machine"):
         assert f"\n{group}:" in out

@@ -58,6 +58,7 @@ def test_arrows_go_one_way():
         imports[name[:-3]] = (plain | members) & local
     assert imports["models"] <= {"checks"}
     assert imports["metrics"] == set() and imports["augment"] == set()
+    assert not imports["compare"] & {"fedavg", "evaluation", "train_central", "train_federated"}
     assert imports["data"] <= {"checks", "splits", "synthetic", "augment"}
     assert imports["fedavg"] <= {"checks", "data", "models", "augment"}
     assert "fedavg" not in imports["runs"] and not imports["runs"] & {"train_federated"}

@@ -14,6 +14,7 @@ import torch
 from helpers import equal, write_tree
 
 import data
+import evaluation
 import fedavg
 import metrics
 import models
@@ -142,7 +143,7 @@ def test_another_seed_and_another_split_seed_differ(hard_run, tree, tmp_path):
 KILLER = """
 import os, signal, sys
 import torch
-import models, runs, train_federated
+import evaluation, models, runs, train_federated
 point, count = sys.argv[1], int(sys.argv[2])
 calls = 0
 def maybe(name):
@@ -163,7 +164,7 @@ def half_saved(content, file):
 torch.save = half_saved
 import fedavg
 for module, function in ((fedavg, 'train_step'), (runs, 'append_history'), (os, 'replace'),
-                         (train_federated, 'finish'), (runs, 'write_predictions')):
+                         (evaluation, 'finish'), (runs, 'write_predictions')):
     def wrapped(*a, original=getattr(module, function), name=function, **k):
         maybe(name)
         return original(*a, **k)
@@ -288,13 +289,13 @@ def test_early_stopping_keeps_the_best_and_can_be_turned_off(tree, tmp_path, mon
         m = measure(logits, labels, classes)
         return m | {"loss": next(losses)} if len(labels) == 7 and training else m
     monkeypatch.setattr(metrics, "measure", scripted)
-    finish = train_federated.finish
+    finish = evaluation.finish
 
     def ended(*args):
         nonlocal training
         training = False
         finish(*args)
-    monkeypatch.setattr(train_federated, "finish", ended)
+    monkeypatch.setattr(evaluation, "finish", ended)
     training = True
     out = train(tree, tmp_path / "stop", "--rounds", 6, "--early-stop", 3)
     assert len(history(out)) == 5 and models.read_file(out / "model.pt")["round"] == 2
@@ -306,7 +307,9 @@ def test_early_stopping_keeps_the_best_and_can_be_turned_off(tree, tmp_path, mon
 
 def test_best_round_is_the_earliest_on_ties_and_undefined_losses_never_win():
     rows = [{"round": r, "val_loss": v} for r, v in ((1, None), (2, 0.5), (3, 0.5), (4, 0.6))]
-    assert train_federated.best_round(rows) == 2
+    assert evaluation.best_index(rows) == 1
+    nothing = [r | {"val_loss": None} for r in rows]
+    assert evaluation.best_index(nothing) == 3  # no validation: the last
 
 
 def test_all_updates_lost_stops_with_the_last_good_state(tree, tmp_path, capsys):
@@ -319,11 +322,11 @@ def test_all_updates_lost_stops_with_the_last_good_state(tree, tmp_path, capsys)
 
 
 def test_demonstration_defaults_yield_to_flags(tmp_path):
-    groups = (data.add_arguments, models.add_arguments, train_federated.add_arguments,
-              fedavg.add_arguments)
+    groups = (data.add_arguments, data.add_client_arguments, models.add_arguments,
+              train_federated.add_arguments, fedavg.add_arguments)
 
     def parse(*argv):
-        return runs.parse("x", groups, train_federated.DEMONSTRATION, list(argv))
+        return runs.parse("x", groups, train_federated.defaults, list(argv))
     assert parse().model == "resnet18" and parse().lr == 1e-3 and parse().weights == "none"
     assert parse("--model", "resnet50").model == "resnet50"
     assert parse("--lr", "1e-4").lr == 1e-4  # the paper's default, given on purpose
@@ -381,7 +384,7 @@ READINGS = [
 
 def test_every_reading_of_the_paper_runs_and_changes_the_run(tree, tmp_path, monkeypatch):
     """A flag that does nothing would repeat the run of the defaults, or that of another flag."""
-    monkeypatch.setattr(train_federated, "finish", lambda *a: None)
+    monkeypatch.setattr(evaluation, "finish", lambda *a: None)
     monkeypatch.setattr(models, "check_size", lambda *a: None)
     seen = {}
     for i, reading in enumerate(["", *READINGS]):

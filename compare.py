@@ -1,0 +1,261 @@
+"""Several run folders → one table with paired tests, where the test images allow one.
+
+    python compare.py runs/A runs/B            # Markdown on stdout; table and figure in --out
+    python compare.py runs/A runs/B --paper    # beside the paper's Table 4, with its intervals
+
+Runs of one configuration and several seeds are one row, mean ± sd; a run of several seeds, networks
+or single sites stands for all of them.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import metrics
+import report
+import runs
+from checks import InputError, guard, make_parser
+
+# Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000
+# that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).
+PAPER = [("FedAvg + ResNet50", 323, 325, (0.9939, 0.9938, 0.9938), 0.9999),
+         ("ResNet50 (centralised)", 641, 652, (0.98, 0.98, 0.98), None),
+         ("VGG16", 635, 652, (0.97, 0.97, 0.97), None),
+         ("EfficientNet-B0", 628, 652, (0.96, 0.96, 0.96), None)]
+WHERE = ("seed", "seeds", "models", "like", "device")  # arguments that make no other configuration
+HEADER = ["run", "runs", "n", "accuracy", "macro P / R / F1", "weighted P / R / F1", "kappa", "AUC",
+          "images seen", "seconds"]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One trained network (or its pooled folds) and what it predicted on its test images."""
+    label: str
+    folder: Path
+    seed: int
+    site: str  # of --local-only
+    configuration: str
+    results: dict
+    test: runs.Predictions
+
+    def correct(self) -> np.ndarray:
+        """bool [n], in the order of the paths."""
+        return self.test.logits.argmax(1) == self.test.labels
+
+    def images(self) -> tuple:
+        """What must be equal for a paired test: the data and the test images."""
+        return self.results["fingerprint"], tuple(self.test.paths)
+
+
+def load(folder: Path, label: str | None = None) -> list[Run]:
+    """The runs that a folder stands for. InputError for no run, or one without predictions."""
+    run = runs.read_json(folder / "run.json")
+    arguments = run["arguments"]
+    if label is None:
+        own = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
+        label = re.sub(r"-seeds?[\d-]+$", "", own)
+    if arguments.get("seeds"):
+        return [r for s in arguments["seeds"] for r in load(folder / f"seed{s}", label)]
+    if arguments.get("models"):
+        return [r for m in arguments["models"] for r in load(folder / m, f"{label}/{m}")]
+    if not (folder / "results.json").exists():
+        raise InputError(f"{folder}: the run is not complete, it has no results.json")
+    results = runs.read_json(folder / "results.json")
+    if arguments.get("local_only") and "members" in results:
+        return [r for m in results["members"]
+                for r in load(folder / m["name"], f"{label}, one client alone")]
+    configuration = json.dumps([run["script"], {k: v for k, v in sorted(arguments.items())
+                                                if k not in WHERE}])
+    site = folder.name if run.get("part_of") else ""
+    return [Run(label, folder, run["seed"], site, configuration, results,
+                runs.read_predictions(folder))]
+
+
+def group(several: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs by label: those that differ by seed (or site) alone are one group, in order."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in several:
+        repeat = 0  # the same configuration, seed and site twice: two rows
+        while any((r.seed, r.site) == (run.seed, run.site)
+                  for r in groups.get((run.configuration, run.images(), repeat), [])):
+            repeat += 1
+        groups.setdefault((run.configuration, run.images(), repeat), []).append(run)
+    labels = [members[0].label for members in groups.values()]
+    return {members[0].label if labels.count(members[0].label) == 1 else str(members[0].folder):
+            members for members in groups.values()}
+
+
+def summarise(members: list[Run]) -> dict:
+    """The figures of a row: those of the run, or {"mean", "sd", "n"} over several."""
+    tests = [r.results["best"]["test"] for r in members]
+    one = len(members) == 1
+    figures = {key: tests[0][key] if one else metrics.mean_sd([t[key] for t in tests])
+               for key in metrics.FIGURES}
+    cost = {key: float(np.mean([r.results[key] for r in members]))
+            for key in ("images_seen", "seconds")}
+    return {"runs": len(members), "n": len(members[0].test.paths),
+            "seeds": sorted({r.seed for r in members}), **figures, **cost}
+
+
+def _cell(figure: dict | float | None) -> str:
+    return report.show_mean(figure) if isinstance(figure, dict) and "mean" in figure else \
+        report.show(figure)
+
+
+def table_rows(rows: dict[str, dict]) -> list[list]:
+    out = []
+    for label, row in rows.items():
+        triples = [" / ".join(_cell(row.get(f"{kind}_{key}")) for key in
+                              ("precision", "recall", "f1")) for kind in ("macro", "weighted")]
+        cost = [f"{row[key]:.0f}" if key in row else "–" for key in ("images_seen", "seconds")]
+        out.append([label, row.get("runs", "–"), row["n"], _cell(row["accuracy"]),
+                    *("–" if set(t) <= set("– /") else t for t in triples),
+                    _cell(row.get("kappa")), _cell(row.get("roc_auc")), *cost])
+    return out
+
+
+def colour_rows(groups: dict[str, list[Run]]) -> dict[str, dict]:
+    """The colour-only classifiers, once per training and test part."""
+    rows: dict[str, dict] = {}
+    for label, members in groups.items():
+        several = [r.results["colour_only"] for r in members]
+        for i, row in enumerate(several[0]):
+            name = f"no network: {row['features']}, {row['classifier']}, strip {row['strip']}"
+            found = [rows_of_run[i]["test"] for rows_of_run in several]
+            same = all(figure == found[0] for figure in found)
+            figures = {"n": len(members[0].test.paths),
+                       "accuracy": found[0] if same else metrics.mean_sd(found)}
+            if figures not in (row for known, row in rows.items() if known.startswith(name)):
+                rows[name if name not in rows else f"{name} ({label})"] = figures
+    return rows
+
+
+def paper_rows() -> dict[str, dict]:
+    """Table 4 as published, accuracy with the Wilson interval that its test size implies."""
+    return {f"paper: {name}, {hits}/{n}": {
+        "n": n, "accuracy": metrics.wilson(hits, n), "roc_auc": auc,
+        **dict(zip(("weighted_precision", "weighted_recall", "weighted_f1"), prf, strict=True))}
+        for name, hits, n, prf, auc in PAPER}
+
+
+def paired_tests(groups: dict[str, list[Run]]) -> list[dict]:
+    """Every pair of groups: difference and McNemar, or the reason why there is none."""
+    out = []
+    for (a, left), (b, right) in combinations(groups.items(), 2):
+        pair = {"a": a, "b": b}
+        one, two = left[0].images(), right[0].images()
+        if one != two:
+            common = len(set(one[1]) & set(two[1]))
+            why = "another data set" if one[0] != two[0] else f"{common} of them in common"
+            pair["refused"] = (f"{len(one[1])} and {len(two[1])} test images, {why}: not the same "
+                               "images, so no paired test")
+        else:
+            correct = [np.mean([r.correct() for r in side], 0) for side in (left, right)]
+            pair["n"] = len(one[1])
+            pair["difference"] = metrics.paired_difference(*correct)
+            pair["mcnemar"] = [{"seed": x.seed, **metrics.mcnemar(x.correct(), y.correct())}
+                               for x in left for y in right if x.seed == y.seed]
+        out.append(pair)
+    return out
+
+
+def test_rows(tests: list[dict]) -> list[list]:
+    rows = []
+    for t in (t for t in tests if "refused" not in t):
+        d, m = t["difference"], t["mcnemar"]
+        p = [x["p"] for x in m]
+        only = f"{sum(x['a_only'] for x in m)} : {sum(x['b_only'] for x in m)}" if m else "–"
+        shown = ", ".join(f"{x:.2g}" for x in p) if len(p) < 5 else \
+            f"{min(p):.2g}–{max(p):.2g} ({len(p)} pairs)"
+        interval = f"{d['value']:+.4f} ({d['low']:+.4f} … {d['high']:+.4f})"
+        rows.append([t["a"], t["b"], t["n"], interval, only, shown or "no common seed"])
+    return rows
+
+
+def page(rows: dict[str, dict], tests: list[dict]) -> str:
+    """The comparison as Markdown."""
+    text = "# Comparison\n\n" + report.markdown(HEADER, table_rows(rows)) + (
+        "\n\nBest model on validation, test part. One run: Wilson 95 % interval of the accuracy. "
+        "Several runs: mean ± sd over them, cost per run. Intervals assume independent images; "
+        "images of one patient are not, so they are too narrow.")
+    if any(name.startswith("paper") for name in rows):
+        text += (" Paper: Table 4, its averages unlabelled; test sizes are those that its figures "
+                 "imply. It publishes no predictions: no paired test with it is possible.")
+    if tested := test_rows(tests):
+        text += "\n\n## The same test images, paired\n\n" + report.markdown(
+            ["A", "B", "n", "accuracy A − B (95 %, paired bootstrap over images)",
+             "right in A only : B only", "exact McNemar p, runs of one seed paired"], tested) + (
+            "\n\nThe bootstrap covers the choice of test images, not that of seeds; p values are "
+            "not corrected for their number.")
+    if refused := [f"- {t['a']} against {t['b']}: {t['refused']}" for t in tests
+                   if "refused" in t]:
+        text += "\n\n## Not tested\n\n" + "\n".join(refused)
+    return text
+
+
+def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> None:
+    """The table as a figure: figures on the left, accuracies with their intervals on the right."""
+    figure = Figure(figsize=(15, 0.34 * len(rows) + 1.2))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[2.6, 1])
+    columns = [0, 1, 2, 3, 5, 6, 7]
+    places = [0, 0.4, 0.44, 0.49, 0.65, 0.87, 0.94]
+    names = ["", "runs", "n", "accuracy", "weighted P / R / F1", "kappa", "AUC"]
+    for y, cells in enumerate(table_rows(rows)):
+        for x, column in zip(places, columns, strict=True):
+            left.text(x, y, re.sub(r" \([\d.]+–[\d.]+\)", "", str(cells[column]))
+                      if column > 3 else str(cells[column]), fontsize=7, va="center")
+    for x, name in zip(places, names, strict=True):
+        left.text(x, -1, name, fontsize=7, weight="bold", va="center")
+    left.axis("off")
+    for y, (label, row) in enumerate(rows.items()):
+        accuracy = row["accuracy"]
+        if "mean" in accuracy:
+            values = [r.results["best"]["test"]["accuracy"]["value"]
+                      for r in groups.get(label, [])]
+            right.plot(values, [y] * len(values), "o", ms=3, mfc="none", color="tab:blue")
+            right.plot(accuracy["mean"], y, "d", color="tab:blue")
+        else:
+            color = "tab:blue" if label in groups else "grey"
+            right.plot([accuracy["low"], accuracy["high"]], [y, y], color=color)
+            right.plot(accuracy["value"], y, "d", color=color)
+    right.set(xlabel="accuracy: 95 % interval; of several runs each and their mean",
+              ylim=(len(rows) - 0.5, -1.5))
+    right.grid(axis="x", alpha=0.3)
+    right.tick_params(left=False, labelsize=7)
+    right.xaxis.label.set_size(7)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def write(folder: Path, parts: list[Path], paper: bool = False) -> None:
+    """comparison.md, .png and .json of the run folders `parts`, in `folder`; printed too."""
+    groups = group(run for part in parts for run in load(part))
+    rows = {label: summarise(members) for label, members in groups.items()}
+    rows |= colour_rows(groups) | (paper_rows() if paper else {})
+    tests = paired_tests(groups)
+    text = page(rows, tests)
+    plot(rows, groups, folder / "comparison.png")
+    runs.write_json(folder / "comparison.json", {"rows": rows, "tests": tests})
+    runs.write_text(folder / "comparison.md", text + "\n\n![comparison](comparison.png)\n")
+    print(text)
+    print(f"\ntable and figure: {folder}/comparison.md, comparison.png, comparison.json")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--paper", action="store_true", help="add the paper's Table 4")
+    parser.add_argument("--out", metavar="DIR", help="default: runs/comparison, numbered if taken")
+    args = parser.parse_args(argv)
+    for folder in args.runs:
+        load(Path(folder))  # all are read before anything is written
+    write(runs.new_folder(args.out, "runs/comparison"), [Path(r) for r in args.runs], args.paper)
+
+
+if __name__ == "__main__":
+    guard(main)

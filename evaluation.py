@@ -1,0 +1,187 @@
+"""Selection on validation, and the one look at the test part: the same for both trainers.
+
+The best state is the one of the lowest validation loss, the earliest on ties; the test part is read
+once, after training. Folds and single sites are runs of their own, pooled here.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import fedavg
+import metrics
+import models
+import report
+import runs
+import splits
+from baselines import colour_only
+
+
+class Evaluation:
+    """Logits of the validation or test part under a state.
+
+    `shares`: with `--bn local` there is no single global model: each client, its own BatchNorm in
+    place, is measured on its own share of a part, and the shares are pooled.
+    """
+
+    def __init__(self, model: torch.nn.Module, images: data.Images, split: splits.Split,
+                 shares: dict[str, list[np.ndarray]] | None = None) -> None:
+        self.model, self.images, self.split, self.shares = model, images, split, shares or {}
+
+    def logits(self, part: str, state: fedavg.State, local_bn: dict | None = None) -> np.ndarray:
+        """float32 [n, C] in the order of the part."""
+        indices = self.split[part]
+        if not self.shares:
+            self.model.load_state_dict(state)
+            return fedavg.predict(self.model, self.images, indices).numpy()
+        pooled = np.empty((len(indices), len(self.images.classes)), np.float32)
+        for client_id, share in enumerate(self.shares[part]):
+            if len(share):
+                self.model.load_state_dict(state | (local_bn or {}).get(client_id, {}))
+                values = fedavg.predict(self.model, self.images, share).numpy()
+                pooled[np.searchsorted(indices, share)] = values
+        return pooled
+
+    def measure(self, part: str, logits: np.ndarray) -> dict:
+        """Pooled metrics; per client too where there are shares."""
+        labels, classes = self.images.labels.numpy(), self.images.classes
+        m = metrics.measure(logits, labels[self.split[part]], classes)
+        if self.shares:
+            rows = [np.searchsorted(self.split[part], share) for share in self.shares[part]]
+            m["clients"] = [metrics.measure(logits[r], labels[self.split[part]][r], classes)
+                            if len(r) else None for r in rows]
+        return m
+
+
+def val_losses(history: list[dict]) -> list[float]:
+    """Validation loss of each record so far; an undefined one (null) is the worst."""
+    return [np.inf if r["val_loss"] is None else r["val_loss"] for r in history]
+
+
+def best_index(history: list[dict]) -> int:
+    """Place of the lowest validation loss, the earliest on ties; the last where none is defined."""
+    losses = val_losses(history)
+    return int(np.argmin(losses)) if np.isfinite(losses).any() else len(losses) - 1
+
+
+def is_stale(history: list[dict], patience: int) -> bool:
+    """Early stopping: the last `patience` validations (0 = never) brought nothing better."""
+    return 0 < patience <= len(history) - 1 - best_index(history) if history else False
+
+
+def unit_of(record: dict) -> str:
+    return "round" if "round" in record else "epoch"
+
+
+def save_progress(folder: Path, args: argparse.Namespace, model: torch.nn.Module,
+                  classes: list[str], checkpoint: dict) -> None:
+    """model.pt if the state is the best so far, a line of history, last.pt: in this order, so that
+    a kill in between only repeats the round or epoch."""
+    history, unit = checkpoint["history"], unit_of(checkpoint)
+    if best_index(history) == len(history) - 1:
+        models.save(models.bundle(
+            model, checkpoint["state"], args.model, classes, local_bn=checkpoint["local_bn"],
+            image_size=args.image_size, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD,
+            **{unit: checkpoint[unit]}), folder / "model.pt")
+    runs.append_history(folder, history[-1])
+    models.save(checkpoint, folder / "last.pt")
+
+
+def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation,
+           checkpoint: dict, clients: list[np.ndarray] | None = None) -> dict:
+    """After training: the test part, for the first time; predictions, results, figures, report."""
+    images, split = evaluation.images, evaluation.split
+    best = models.read_file(folder / "model.pt")
+    history, unit = checkpoint["history"], unit_of(checkpoint)
+    results = {"data": images.name, "synthetic": args.data is None,
+               "fingerprint": images.fingerprint(), "model": args.model, **budget(history)}
+    logits = {}
+    for name, source in (("last", checkpoint), ("best", best)):
+        if name == "last" or best[unit] != checkpoint[unit]:
+            logits = {part: evaluation.logits(part, source["state"], source["local_bn"])
+                      for part in ("val", "test") if len(split[part])}
+            measured = {"val": None, **{p: evaluation.measure(p, x) for p, x in logits.items()}}
+        results[name] = {unit: source[unit], **measured}
+    labels = images.labels.numpy()
+    results["colour_only"] = colour_only(images, split)
+    runs.write_predictions(folder, images, split, logits)
+    test = results["best"]["test"]
+    report.plot_history(history, best[unit], folder / "history.png", unit)
+    report.plot_confusion(test["confusion"], images.classes, "best model, test",
+                          folder / "confusion.png")
+    report.plot_roc(logits["test"], labels[split["test"]], images.classes, test["per_class"],
+                    folder / "roc.png")
+    if clients is not None:
+        report.plot_clients(labels, clients, images.classes, folder / "clients.png")
+    twins = splits.count_twins(images.digests, split["test"], split["train"])
+    runs.write_text(folder / "report.md", report.report_page(
+        folder, runs.read_json(folder / "run.json"), results, twins))
+    runs.write_json(folder / "results.json", results)  # last: it says that the run is complete
+    report.print_summary(results, unit)
+    print(f"report: {folder}/report.md")
+    return results
+
+
+def budget(records: list[dict]) -> dict:
+    """What training cost, over rounds, epochs or whole runs."""
+    names = ("images", "images_seen"), ("steps", "optimizer_steps"), ("seconds", "seconds")
+    return {name: sum(r.get(key, r.get(name)) for r in records) for key, name in names}
+
+
+def pool(folder: Path, images: data.Images, several: dict[str, splits.Split]) -> dict:
+    """Results, curves and report of a run that consists of `several` runs in folders of their own.
+
+    Means over them with sample standard deviation. Where their test parts are disjoint (folds),
+    every image has one prediction made without it: those are pooled, with intervals.
+    """
+    members = {name: runs.read_json(folder / name / "results.json") for name in several}
+    first, tests = next(iter(members.values())), {n: m["best"]["test"] for n, m in members.items()}
+    results = {key: first[key] for key in ("data", "synthetic", "fingerprint", "model")}
+    results |= budget(list(members.values()))
+    results["members"] = [
+        {"name": name, "train": len(several[name]["train"]), "epoch": m["best"]["epoch"],
+         "n": tests[name]["n"], **{key: tests[name][key] for key in metrics.FIGURES}}
+        for name, m in members.items()]
+    results["mean"] = {key: metrics.mean_sd([t[key] for t in tests.values()])
+                       for key in metrics.FIGURES}
+    indices = np.concatenate([split["test"] for split in several.values()])
+    if len(set(indices.tolist())) == len(indices):
+        parts = [runs.read_predictions(folder / name) for name in several]
+        rows = {path: x for part in parts for path, x in zip(part.paths, part.logits, strict=True)}
+        indices = np.sort(indices)
+        logits = np.stack([rows[images.paths[i]] for i in indices])
+        labels = images.labels.numpy()
+        results["best"] = {"test": metrics.measure(logits, labels[indices], images.classes)}
+        results["colour_only"] = pooled_colour(list(members.values()))
+        runs.write_predictions(folder, images,
+                               {name: s["test"] for name, s in several.items()},
+                               {name: logits[np.searchsorted(indices, s["test"])]
+                                for name, s in several.items()})
+        report.plot_confusion(results["best"]["test"]["confusion"], images.classes,
+                              "out of fold", folder / "confusion.png")
+        report.plot_roc(logits, labels[indices], images.classes,
+                        results["best"]["test"]["per_class"], folder / "roc.png")
+    report.plot_curves([runs.read_history(folder / name) for name in several],
+                       folder / "curves.png")
+    twins = sum(splits.count_twins(images.digests, s["test"], s["train"])
+                for s in several.values())
+    runs.write_text(folder / "report.md", report.pooled_page(
+        folder, runs.read_json(folder / "run.json"), results, twins))
+    runs.write_json(folder / "results.json", results)
+    report.print_pooled(results)
+    print(f"report: {folder}/report.md")
+    return results
+
+
+def pooled_colour(members: list[dict]) -> list[dict]:
+    """The colour-only rows of folds, pooled over their test images."""
+    rows = []
+    for i, row in enumerate(members[0]["colour_only"]):
+        sizes = [m["best"]["test"]["n"] for m in members]
+        hits = sum(round(m["colour_only"][i]["test"]["value"] * n)
+                   for m, n in zip(members, sizes, strict=True))
+        rows.append({**row, "val": metrics.wilson(0, 0), "test": metrics.wilson(hits, sum(sizes))})
+    return rows
