@@ -90,9 +90,11 @@ def check_like(folder: Path, images: data.Images, split: splits.Split) -> None:
     except FileNotFoundError:
         raise InputError(f"--like {folder}: not a run of one network, it has no "
                          "split.csv") from None
+    if runs.read_json(folder / "run.json")["fingerprint"] != images.fingerprint():
+        raise InputError(f"--like {folder}: the images are not those of the run")
     parts = runs.part_names(split, len(images.paths))
     if there != list(zip(images.paths, parts, strict=True)):
-        raise InputError(f"--like {folder}: the flags and images here do not give its split")
+        raise InputError(f"--like {folder}: the flags here do not give its split")
 
 
 def train_alone(args: argparse.Namespace, folder: Path, images: data.Images, split: splits.Split,
@@ -207,6 +209,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.folds == 1:
             train_alone(args, folder, images, several[""], model, model.state_dict())
         else:
+            tests = {name: split["test"] for name, split in several.items()}
+            runs.write_split(folder, images, tests, [])
             train_parts(args, folder, images, several, model, "central", argv)
 
 

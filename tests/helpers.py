@@ -1,5 +1,9 @@
 """Toy images, toy networks and files on disk for the tests; nothing here is downloaded or real."""
 
+import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +13,14 @@ from torch import nn
 
 import data
 import fedavg
+import train_federated
 
 CPU = torch.device("cpu")
+ROOT = Path(data.__file__).parent
+# a small network of torchvision's with BatchNorm, 341,892 parameters: checkpoints of 1.4 MB
+BASE = ["--model", "shufflenet_v2_x0_5", "--weights", "none", "--image-size", "20", "--rounds", "3",
+        "--local-epochs", "1", "--batch-size", "8", "--lr", "0.01"]
+SMALL = [x for x in BASE if x not in ("--rounds", "3", "--local-epochs", "1")]  # for the centre
 PLAIN = fedavg.Recipe(batch_size=1000, optimizer="sgd", weight_decay=0, momentum=0, clip=0)
 
 
@@ -76,3 +86,70 @@ def write_tree(root: Path, counts: dict[str, int], size: int = 20, seed: int = 0
             pixels[..., 0] += np.uint8(40 * c)
             Image.fromarray(pixels).save(root / name / f"{name}-{i + 1:03d}.png")
     return root
+
+
+# ---- whole runs --------------------------------------------------------------------------------
+
+def script(*arguments, name="train_federated.py", **options):
+    return subprocess.run([sys.executable, ROOT / name, *map(str, arguments)],
+                          capture_output=True, text=True, check=False, **options)
+
+
+def train(tree, out, *arguments):
+    train_federated.main(["--data", str(tree), *BASE, "--out", str(out), *map(str, arguments)])
+    return out
+
+
+def history(folder):
+    """history.jsonl without its timings."""
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    timings = ("seconds", "images_per_second")
+    return [{k: v for k, v in r.items() if k not in timings} for r in lines]
+
+
+def same_run(a, b):
+    one, two = (torch.load(f / "model.pt", weights_only=True) for f in (a, b))
+    last = [torch.load(f / "last.pt", weights_only=True)["state"] for f in (a, b)]
+    return (equal(one["state"], two["state"]) and equal(*last) and history(a) == history(b)
+            and (a / "predictions.csv").read_bytes() == (b / "predictions.csv").read_bytes()
+            and (a / "split.csv").read_bytes() == (b / "split.csv").read_bytes())
+
+
+KILLER = """
+import os, signal, sys
+import torch
+import evaluation, models, runs, train_central, train_federated
+point, count, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+calls = 0
+def maybe(name):
+    global calls
+    calls += name == point
+    if name == point and calls == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+save = torch.save
+def half_saved(content, file):
+    global calls
+    calls += point == 'half-written'
+    if point == 'half-written' and calls == count:
+        save(content, file)
+        file.flush()
+        file.truncate(file.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(content, file)
+torch.save = half_saved
+import fedavg
+for module, function in ((fedavg, 'train_step'), (runs, 'append_history'), (os, 'replace'),
+                         (evaluation, 'finish'), (runs, 'write_predictions')):
+    def wrapped(*a, original=getattr(module, function), name=function, **k):
+        maybe(name)
+        return original(*a, **k)
+    setattr(module, function, wrapped)
+{"train_central": train_central, "train_federated": train_federated}[script].main(sys.argv[4:])
+"""
+
+
+def kill(point, count, name, *arguments):
+    """Run a script in a process of its own that kills itself at the count-th call of `point`."""
+    command = [sys.executable, "-c", KILLER, point, count, name, *arguments]
+    killed = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import write_tree
+from helpers import BASE, ROOT, SMALL, same_run, train, write_tree
 from PIL import Image
-from test_train_federated import BASE, ROOT, same_run, train
 
 import checks
 import data
 import models
+import train_central
 import train_federated
 
 
@@ -45,6 +45,8 @@ def place(tmp_path_factory):
     torch.save({"state": Path("x")}, root / "code.pt")
     (root / "cut.pt").write_bytes((root / "shape.pt").read_bytes()[:3000])
     train(good, root / "run", "--rounds", 1)
+    train_central.main(["--data", str(good), *SMALL, "--folds", "2", "--epochs", "1", "--out",
+                        str(root / "folds")])
     (root / "damaged").mkdir()
     (root / "damaged" / "run.json").write_text("{")
     shutil.copytree(root / "run", root / "cut-run")
@@ -113,11 +115,44 @@ CASES = [
     ("--resume run --lr 0.5", "--lr is 0.01 there, not 0.5"),
     ("--resume run --mu 1 --rounds 9", "--rounds is 1 there, not 9"),
     ("--resume run --data changed", "--data is"), ("--resume run --out new", "--out has no place"),
+    (GOOD + " --seeds 0 x", "argument --seeds"), (GOOD + " --seeds -1", "argument --seeds"),
+    (GOOD + " --local-only --mu 1", "--mu has no place beside it"),
+    (GOOD + " --local-only --fraction 0.5", "--fraction has no place"),
+    (GOOD + " --local-only --bn local", "--bn has no place"),
+    ("--resume folds", "a run of train_central.py"),
+]
+CENTRAL = [
+    (GOOD + " --folds 16", "16 folds are more than the 15 images of class number 0"),
+    ("--data rare", "5 folds are more than the 1 images of class number 1"),
+    (GOOD + " --split blocked", "too few for 5 blocked folds"),
+    (GOOD + " --split stratified80", "stratified80 knows no folds"),
+    (GOOD + " --like run --folds 2", "--like copies one split"),
+    ("--like empty", "not a run folder"), ("--like absent", "not a run folder"),
+    ("--like damaged", "damaged, not JSON"), ("--like folds", "not a federated one"),
+    ("--like run --data changed", "the images are not those of the run"),
+    ("--like run --split-seed 3", "do not give its split"),
+    *[(f"{GOOD} {flag} {value}", f"argument {flag}") for flag, value in (
+        ("--folds", "0"), ("--epochs", "0"), ("--inner-val", "0.6"), ("--inner-val", "-1"),
+        ("--period", "0"), ("--bn", "local"))],
+    (GOOD + " --clients 4", "unrecognized arguments"),
+    (GOOD + " --models resnet18 resnet49", "unknown model 'resnet49'"),
+    (GOOD + " --models resnet18 squeezenet1_1", "one linear layer"),
+    (GOOD + " --models resnet18 resnet18", "one of them twice"),
+    (GOOD + " --model resnet49", "unknown model"), (GOOD + " --weights absent.pt", "no such file"),
+    (GOOD + " --device cuda:7", "not there"), (GOOD + " --out run", "exists already"),
+    ("--resume run", "a run of train_federated.py"), ("--resume empty", "not a run folder"),
+    ("--resume folds/fold1", "part of a larger run, resume folds"),
+    ("--resume folds --epochs 9", "--epochs is 1 there, not 9"),
 ]
 
 
-@pytest.mark.parametrize("line,words", CASES, ids=[f"{c[0]} : {c[1]}" for c in CASES])
-def test_one_clear_line_and_exit_code_2(place, tmp_path, monkeypatch, capsys, line, words):
+ALL = [(train_federated, BASE, *c) for c in CASES] + [(train_central, SMALL, *c) for c in CENTRAL]
+
+
+@pytest.mark.parametrize("script,base,line,words", ALL,
+                         ids=[f"{c[0].__name__} {c[2]} : {c[3]}" for c in ALL])
+def test_one_clear_line_and_exit_code_2(place, tmp_path, monkeypatch, capsys, script, base, line,
+                                        words):
     def offline(*args, **kwargs):
         raise models.URLError("no route to host")
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
@@ -125,10 +160,10 @@ def test_one_clear_line_and_exit_code_2(place, tmp_path, monkeypatch, capsys, li
     monkeypatch.chdir(place)
     before = sorted(p.name for p in place.iterdir())
     argv = line.split()
-    if "--resume" not in argv:
-        argv = [*BASE, *argv]
+    if "--resume" not in argv and "--like" not in argv:
+        argv = [*base, *argv]
     with pytest.raises(SystemExit) as stop:
-        checks.guard(lambda: train_federated.main(argv))
+        checks.guard(lambda: script.main(argv))
     lines = capsys.readouterr().err.splitlines(keepends=True)
     error = "".join(x for x in lines if not x.startswith("Downloading: "))  # torch 2.6's own note
     assert stop.value.code == 2

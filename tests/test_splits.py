@@ -195,3 +195,81 @@ def test_nothing_depends_on_hash_order():
                           cwd=os.path.dirname(splits.__file__),
                           env={**os.environ, "PYTHONHASHSEED": seed})
     assert done.stdout.strip() == partitions() and len(done.stdout) > 1000
+
+
+# ---- k-fold -------------------------------------------------------------------------------------
+
+GROUPS = [f"g{i // 3}" for i in range(len(PAPER))]
+
+
+def folds(kind, inner_val=0.1, k=5, seed=42):
+    return splits.make_folds(kind, PAPER, k, seed, inner_val=inner_val, paths=PATHS, groups=GROUPS)
+
+
+@pytest.mark.parametrize("inner_val", [0, 0.1])
+@pytest.mark.parametrize("kind", splits.FOLDS)
+def test_folds_are_disjoint_and_cover_and_inner_validation_never_meets_the_test(kind, inner_val):
+    made = folds(kind, inner_val)
+    tests = np.concatenate([f["test"] for f in made])
+    assert sorted(tests.tolist()) == list(range(len(PAPER)))
+    for fold in made:
+        train, val, test = (set(fold[p].tolist()) for p in ("train", "val", "test"))
+        assert not train & val and not train & test and not val & test
+        assert (len(val) > 0) == (inner_val > 0)
+        if kind != "blocked":
+            assert len(train) + len(val) + len(test) == len(PAPER)
+            assert len(val) == pytest.approx(inner_val * (len(train) + len(val)), abs=4)
+        for part in fold.values():
+            assert part.dtype == np.int64 and np.array_equal(part, np.sort(part))
+    assert {len(f["test"]) for f in made} <= {650, 651, 652, 653}
+
+
+def test_stratified_folds_keep_the_shares_of_every_class():
+    for fold in folds("stratified"):
+        assert np.ptp([np.array(counts(fold[p])) / len(fold[p]) for p in fold], axis=0).max() < 0.01
+    sizes = np.array([counts(fold["test"]) for fold in folds("stratified")])
+    assert np.ptp(sizes, axis=0).max() <= 1
+
+
+def test_grouped_folds_cut_no_group():
+    for fold in folds("grouped"):
+        owners = [{GROUPS[i] for i in part.tolist()} for part in fold.values()]
+        assert not owners[0] & owners[1] and not owners[0] & owners[2] and not owners[1] & owners[2]
+        shares = np.array(counts(fold["test"])) / len(fold["test"])
+        assert abs(shares - np.array([504, 985, 963, 804]) / 3256).max() < 0.01
+
+
+def test_blocked_folds_are_consecutive_numbers_kept_30_files_apart():
+    for k, fold in enumerate(folds("blocked")):
+        for c, n in enumerate((504, 985, 963, 804)):
+            number = {p: [splits.file_number(PATHS[i])[0][0] - 1 for i in part.tolist()
+                          if PAPER[i] == c] for p, part in fold.items()}
+            assert number["test"] == list(range(round(k * n / 5), round((k + 1) * n / 5)))
+            gap = [min(abs(a - b) for b in number["test"]) for a in number["train"] + number["val"]]
+            assert min(gap) == splits.EMBARGO + 1
+            if k:  # validation precedes the test part, training is 30 files from both
+                assert max(number["val"]) == number["test"][0] - splits.EMBARGO - 1
+            rotated = [(a - number["test"][0]) % n for a in number["val"]]
+            before = [(a - number["test"][0]) % n for a in number["train"]]
+            assert min(rotated) - max(before) == splits.EMBARGO + 1
+
+
+def test_folds_repeat_and_follow_the_seed():
+    for kind in ("random", "stratified", "grouped"):
+        a, b, c = folds(kind), folds(kind), folds(kind, seed=43)
+        assert all(np.array_equal(x[p], y[p]) for x, y in zip(a, b, strict=True) for p in x)
+        assert not np.array_equal(a[0]["test"], c[0]["test"])
+
+
+def test_impossible_folds_are_refused():
+    y = np.array([0] * 40 + [1] * 4)
+    with pytest.raises(InputError, match="5 folds are more than the 4 images of class number 1"):
+        splits.make_folds("stratified", y, 5, 0)
+    with pytest.raises(InputError, match="more than the 2 groups of class number 1"):
+        splits.make_folds("grouped", y, 3, 0, groups=[str(i // 2) for i in range(44)])
+    with pytest.raises(InputError, match="too few for 3 blocked folds"):
+        splits.make_folds("blocked", np.zeros(99, int), 3, 0, paths=[f"{i}.png" for i in range(99)])
+    with pytest.raises(InputError, match="stratified80 knows no folds"):
+        splits.make_folds("stratified80", y, 2, 0)
+    with pytest.raises(InputError, match="share of 0.001 is no image"):
+        splits.make_folds("grouped", y, 2, 0, inner_val=0.001, groups=list(map(str, range(44))))

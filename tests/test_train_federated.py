@@ -3,15 +3,13 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import equal, write_tree
+from helpers import BASE, ROOT, history, kill, same_run, script, train
 
 import data
 import evaluation
@@ -21,44 +19,9 @@ import models
 import runs
 import train_federated
 
-ROOT = Path(data.__file__).parent
-# a small network of torchvision's with BatchNorm, 341,892 parameters: checkpoints of 1.4 MB
-BASE = ["--model", "shufflenet_v2_x0_5", "--weights", "none", "--image-size", "20", "--rounds", "3",
-        "--local-epochs", "1", "--batch-size", "8", "--lr", "0.01"]
 # momentum, partial participation, non-IID: whatever a resume could get wrong
 HARD = ["--optimizer", "sgd", "--momentum", "0.9", "--fraction", "0.5", "--partition", "dirichlet",
         "--plateau", "1"]
-
-
-@pytest.fixture(scope="session")
-def tree(tmp_path_factory):
-    return write_tree(tmp_path_factory.mktemp("set") / "toy",
-                      {"Benign": 22, "Early": 26, "Pre": 24})
-
-
-def script(*arguments, **options):
-    return subprocess.run([sys.executable, ROOT / "train_federated.py", *map(str, arguments)],
-                          capture_output=True, text=True, check=False, **options)
-
-
-def train(tree, out, *arguments):
-    train_federated.main(["--data", str(tree), *BASE, "--out", str(out), *map(str, arguments)])
-    return out
-
-
-def history(folder):
-    """history.jsonl without its timings."""
-    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    timings = ("seconds", "images_per_second")
-    return [{k: v for k, v in r.items() if k not in timings} for r in lines]
-
-
-def same_run(a, b):
-    one, two = (torch.load(f / "model.pt", weights_only=True) for f in (a, b))
-    last = [torch.load(f / "last.pt", weights_only=True)["state"] for f in (a, b)]
-    return (equal(one["state"], two["state"]) and equal(*last) and history(a) == history(b)
-            and (a / "predictions.csv").read_bytes() == (b / "predictions.csv").read_bytes()
-            and (a / "split.csv").read_bytes() == (b / "split.csv").read_bytes())
 
 
 @pytest.fixture(scope="session")
@@ -140,39 +103,6 @@ def test_another_seed_and_another_split_seed_differ(hard_run, tree, tmp_path):
 
 # ---- kills --------------------------------------------------------------------------------------
 
-KILLER = """
-import os, signal, sys
-import torch
-import evaluation, models, runs, train_federated
-point, count = sys.argv[1], int(sys.argv[2])
-calls = 0
-def maybe(name):
-    global calls
-    calls += name == point
-    if name == point and calls == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-save = torch.save
-def half_saved(content, file):
-    global calls
-    calls += point == 'half-written'
-    if point == 'half-written' and calls == count:
-        save(content, file)
-        file.flush()
-        file.truncate(file.tell() // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(content, file)
-torch.save = half_saved
-import fedavg
-for module, function in ((fedavg, 'train_step'), (runs, 'append_history'), (os, 'replace'),
-                         (evaluation, 'finish'), (runs, 'write_predictions')):
-    def wrapped(*a, original=getattr(module, function), name=function, **k):
-        maybe(name)
-        return original(*a, **k)
-    setattr(module, function, wrapped)
-train_federated.main(sys.argv[3:])
-"""
-
-
 @pytest.mark.parametrize("point,count", [
     ("half-written", 1),     # the starting state, half written: only run.json exists
     ("train_step", 2),       # in round 1: only the starting state exists
@@ -182,10 +112,7 @@ train_federated.main(sys.argv[3:])
     ("write_predictions", 1)])  # after training, before the results
 def test_killed_and_resumed_equals_never_killed(hard_run, tree, tmp_path, point, count):
     out = tmp_path / "killed"
-    command = [point, str(count), "--data", str(tree), *BASE, *HARD, "--out", str(out)]
-    killed = subprocess.run([sys.executable, "-c", KILLER, *command], cwd=ROOT,
-                            capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill(point, count, "train_federated", "--data", tree, *BASE, *HARD, "--out", out)
     assert not (out / "results.json").exists()
     train_federated.main(["--resume", str(out)])
     assert same_run(hard_run[0], out)

@@ -1,0 +1,327 @@
+"""Central training: equal to one client, folds that do not leak, kills, seeds, single sites."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from helpers import BASE, ROOT, SMALL, equal, history, kill, same_run, script, train
+
+import data
+import fedavg
+import metrics
+import models
+import runs
+import train_central
+import train_federated
+from checks import InputError
+
+FOLDS = ["--folds", "3", "--epochs", "2", "--optimizer", "sgd", "--momentum", "0.9",
+         "--plateau", "1"]
+
+
+def central(tree, out, *arguments):
+    train_central.main(["--data", str(tree), *SMALL, "--out", str(out), *map(str, arguments)])
+    return out
+
+
+def last(folder):
+    return models.read_file(folder / "last.pt")["state"]
+
+
+def load(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def folds_run(tree, tmp_path_factory):
+    """Uninterrupted, as its own process."""
+    out = tmp_path_factory.mktemp("central") / "folds"
+    done = script("--data", tree, *SMALL, *FOLDS, "--out", out, name="train_central.py")
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+# ---- the same algorithm -------------------------------------------------------------------------
+
+def test_one_client_and_one_round_are_central_training_bit_for_bit(tree, tmp_path):
+    train(tree, tmp_path / "fed", "--clients", 1, "--rounds", 1, "--local-epochs", 3)
+    train_central.main(["--like", str(tmp_path / "fed"), "--out", str(tmp_path / "central")])
+    assert equal(last(tmp_path / "fed"), last(tmp_path / "central"))
+    fed, own = history(tmp_path / "fed"), history(tmp_path / "central")
+    assert [r["epoch"] for r in own] == [1, 2, 3]
+    assert own[2]["val_loss"] == fed[0]["val_loss"]
+    assert [r["val_loss"] for r in own[:2]] == [None, None]
+    assert sum(r["images"] for r in own) == fed[0]["images"]
+    a, b = load(tmp_path / "fed"), load(tmp_path / "central")
+    assert a["last"]["test"] == b["last"]["test"] and a["images_seen"] == b["images_seen"]
+    assert a["optimizer_steps"] == b["optimizer_steps"] and a["colour_only"] == b["colour_only"]
+
+
+def test_single_sites_are_central_training_on_what_they_own(tree, tmp_path):
+    """One client alone is the centre; several train for rounds x local epochs on their own part."""
+    train(tree, tmp_path / "one", "--clients", 1, "--local-only", "--rounds", 1,
+          "--local-epochs", 2)
+    train(tree, tmp_path / "fed", "--clients", 1, "--rounds", 1, "--local-epochs", 2)
+    assert equal(last(tmp_path / "one" / "client0"), last(tmp_path / "fed"))
+    out = train(tree, tmp_path / "sites", "--clients", 3, "--local-only", "--rounds", 2,
+                "--partition", "dirichlet", "--alpha", 1)
+    rows = list(csv.DictReader((out / "split.csv").open()))
+    tests = [r["path"] for r in rows if r["split"] == "test"]
+    results = load(out)
+    for k in range(3):
+        site = out / f"client{k}"
+        mine = [r["path"] for r in rows if r["client"] == str(k)]
+        own = list(csv.DictReader((site / "split.csv").open()))
+        assert [r["path"] for r in own if r["split"] == "train"] == mine
+        assert [r["path"] for r in own if r["split"] == "test"] == tests
+        assert [r["images"] for r in history(site)] == [len(mine) - (len(mine) % 8 == 1)] * 2
+        assert results["members"][k]["train"] == len(mine)
+        assert results["members"][k]["accuracy"] == load(site)["best"]["test"]["accuracy"]
+    assert "best" not in results and not (out / "predictions.csv").exists()
+    assert len({json.dumps(history(out / f"client{k}")) for k in range(3)}) == 3
+    values = [m["accuracy"]["value"] for m in results["members"]]
+    assert results["mean"]["accuracy"] == {"n": 3, "mean": pytest.approx(np.mean(values)),
+                                           "sd": pytest.approx(np.std(values, ddof=1))}
+
+
+def test_like_copies_split_network_seed_recipe_and_budget(tree, tmp_path):
+    fed = train(tree, tmp_path / "fed", "--rounds", 2, "--local-epochs", 2, "--seed", 3,
+                "--split", "grouped", "--optimizer", "adam", "--bn", "freeze", "--no-augment",
+                "--plateau", 0)
+    train_central.main(["--like", str(fed), "--out", str(tmp_path / "central")])
+    one, two = (json.loads((f / "run.json").read_text())["arguments"]
+                for f in (fed, tmp_path / "central"))
+    assert {k for k in one if k in two and one[k] != two[k]} == set()
+    assert {"seed", "split", "split_seed", "model", "lr", "optimizer", "no_augment", "bn",
+            "batch_size", "image_size", "data", "weights"} <= set(one) & set(two)
+    assert (two["epochs"], two["period"], two["folds"], two["bn"]) == (4, 2, 1, "freeze")
+    lines = history(tmp_path / "central")
+    assert [r["val_loss"] is None for r in lines] == [True, False, True, False]
+    parts = [[(r["path"], r["split"]) for r in csv.DictReader((f / "split.csv").open())]
+             for f in (fed, tmp_path / "central")]
+    assert parts[0] == parts[1]
+    changed = (fed / "split.csv").read_text().replace(",val,", ",test,", 1)
+    (fed / "split.csv").write_text(changed)
+    with pytest.raises(InputError, match="do not give its split"):
+        train_central.main(["--like", str(fed), "--out", str(tmp_path / "other")])
+    train_central.main(["--resume", str(tmp_path / "central")])  # needs the other run no more
+
+
+def test_the_schedule_steps_at_validations(tree, tmp_path, monkeypatch):
+    measure, losses = metrics.measure, iter([3.0, 4.0, 4.0, 4.0, 4.0])
+
+    def scripted(logits, labels, classes):
+        return measure(logits, labels, classes) | {"loss": next(losses, 9.0)}
+    monkeypatch.setattr(metrics, "measure", scripted)
+    out = central(tree, tmp_path / "run", "--folds", 1, "--epochs", 20, "--period", 2, "--lr", 0.5,
+                  "--plateau", 1, "--early-stop", 4)
+    lines = history(out)
+    # worse at epochs 4 and 6: cut from epoch 7 on; again worse at 8 and 10: stop after the fourth
+    assert [r["lr"] for r in lines] == [0.5] * 6 + [0.1] * 4
+    assert [r["epoch"] for r in lines if r["val_loss"] is not None] == [2, 4, 6, 8, 10]
+    assert models.read_file(out / "model.pt")["epoch"] == 2
+
+
+# ---- k-fold -------------------------------------------------------------------------------------
+
+def test_folds_are_pooled_and_reported(folds_run, tree):
+    out, done = folds_run
+    assert {p.name for p in out.iterdir()} == {
+        "fold1", "fold2", "fold3", "run.json", "split.csv", "predictions.csv", "results.json",
+        "report.md", "curves.png", "confusion.png", "roc.png"}
+    results, parts = load(out), [load(out / f"fold{k}") for k in (1, 2, 3)]
+    rows = {r["path"]: r for r in csv.DictReader((out / "predictions.csv").open())}
+    assert len(rows) == 72 == results["best"]["test"]["n"]
+    for k, part in enumerate(parts, 1):
+        tested = [r for r in csv.DictReader((out / f"fold{k}" / "predictions.csv").open())
+                  if r["split"] == "test"]
+        for r in tested:
+            assert rows[r["path"]]["split"] == f"fold{k}"
+            assert rows[r["path"]]["prediction"] == r["prediction"]
+            assert float(rows[r["path"]]["p_Pre"]) == pytest.approx(float(r["p_Pre"]), abs=1e-6)
+        assert len(tested) == part["best"]["test"]["n"] == results["members"][k - 1]["n"]
+    pooled = np.sum([p["best"]["test"]["confusion"] for p in parts], 0)
+    assert results["best"]["test"]["confusion"] == pooled.tolist()
+    assert results["best"]["test"]["accuracy"] == metrics.wilson(int(np.trace(pooled)), 72)
+    assert results["best"]["test"]["loss"] == pytest.approx(np.average(
+        [p["best"]["test"]["loss"] for p in parts],
+        weights=[p["best"]["test"]["n"] for p in parts]), abs=1e-5)
+    for key in ("accuracy", "macro_f1"):
+        values = [p["best"]["test"][key] for p in parts]
+        values = [v["value"] if isinstance(v, dict) else v for v in values]
+        assert results["mean"][key] == {"n": 3, "mean": pytest.approx(np.mean(values)),
+                                        "sd": pytest.approx(np.std(values, ddof=1))}
+    for i, row in enumerate(results["colour_only"]):
+        hits = sum(round(p["colour_only"][i]["test"]["value"] * p["best"]["test"]["n"])
+                   for p in parts)
+        assert row["test"] == metrics.wilson(hits, 72)
+    assert results["images_seen"] == sum(p["images_seen"] for p in parts)
+    assert {r["split"] for r in csv.DictReader((out / "split.csv").open())} == {
+        "fold1", "fold2", "fold3"}
+    report = (out / "report.md").read_text()
+    assert "pooled, out of fold" in report and "curves.png" in report and "Model card" in report
+    assert "mean ± sd of 3" in done.stdout
+
+
+def test_every_fold_starts_alike_and_has_its_own_split(folds_run):
+    out, _ = folds_run
+    first = [history(out / f"fold{k}")[0] for k in (1, 2, 3)]
+    assert len({r["train_loss"] for r in first}) == 3
+    parts = [(out / f"fold{k}" / "split.csv").read_text() for k in (1, 2, 3)]
+    assert len(set(parts)) == 3
+
+
+def test_the_last_fold_does_not_depend_on_those_before(folds_run, tree, tmp_path):
+    """Folds are runs of their own: trained alone, the third gives the same bytes."""
+    out, _ = folds_run
+    args = runs.parse("x", (data.add_arguments, models.add_arguments, train_central.add_arguments,
+                            fedavg.add_arguments), train_central.defaults,
+                      ["--data", str(tree), *SMALL, *FOLDS])
+    images, several, model, _ = train_central.prepare(args)
+    (tmp_path / "fold3").mkdir()
+    (tmp_path / "fold3" / "run.json").write_text((out / "fold3" / "run.json").read_text())
+    train_central.train_alone(args, tmp_path / "fold3", images, several["fold3"], model,
+                              models.moved(model.state_dict(), "cpu"))
+    assert same_run(out / "fold3", tmp_path / "fold3")
+
+
+def test_inner_val_0_trains_a_fixed_time_and_scores_the_last_epoch(tree, tmp_path):
+    out = central(tree, tmp_path / "run", "--folds", 2, "--epochs", 3, "--inner-val", 0,
+                  "--plateau", 1, "--early-stop", 1)
+    for k in (1, 2):
+        lines, results = history(out / f"fold{k}"), load(out / f"fold{k}")
+        assert len(lines) == 3 and {r["val_loss"] for r in lines} == {None}
+        assert {r["lr"] for r in lines} == {0.01}
+        assert results["best"] == results["last"] and results["best"]["epoch"] == 3
+        assert results["best"]["val"] is None
+        assert "No validation part: the last epoch is scored" in \
+            (out / f"fold{k}" / "report.md").read_text()
+        parts = [r["split"] for r in csv.DictReader((out / f"fold{k}" / "split.csv").open())]
+        assert sorted(set(parts)) == ["test", "train"]
+
+
+def test_a_folds_test_part_is_touched_after_its_training_only(tree, tmp_path, monkeypatch):
+    folds = []  # of each: its split, its steps, and its looks as (steps so far, images)
+    predict, step, alone = fedavg.predict, fedavg.train_step, train_central.train_alone
+
+    def noted(args, folder, images, split, *rest):
+        folds.append({"split": split, "steps": 0, "looks": []})
+        return alone(args, folder, images, split, *rest)
+
+    def counted(model, images, indices):
+        folds[-1]["looks"].append((folds[-1]["steps"], set(indices.tolist())))
+        return predict(model, images, indices)
+
+    def stepped(*args, **kwargs):
+        folds[-1]["steps"] += 1
+        return step(*args, **kwargs)
+    monkeypatch.setattr(fedavg, "predict", counted)
+    monkeypatch.setattr(fedavg, "train_step", stepped)
+    monkeypatch.setattr(train_central, "train_alone", noted)
+    central(tree, tmp_path / "run", *FOLDS)
+    assert len(folds) == 3
+    for fold in folds:
+        val, test = (set(fold["split"][part].tolist()) for part in ("val", "test"))
+        looks = [when for when, images in fold["looks"] if images & test]
+        assert looks and set(looks) == {fold["steps"]}
+        assert all(images in (val, test) for _, images in fold["looks"])
+
+
+# ---- kills, seeds, networks ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("point,count", [
+    ("train_step", 1),       # before the first checkpoint
+    ("half-written", 2),     # last.pt of the first epoch, half written
+    ("append_history", 3),   # in the second fold
+    ("replace", 22),         # somewhere at the end of a fold
+    ("write_predictions", 4)])  # of the pooled folds
+def test_killed_and_resumed_equals_never_killed(folds_run, tree, tmp_path, point, count):
+    out = tmp_path / "killed"
+    kill(point, count, "train_central", "--data", tree, *SMALL, *FOLDS, "--out", out)
+    assert not (out / "results.json").exists()
+    train_central.main(["--resume", str(out)])
+    for k in (1, 2, 3):
+        assert same_run(folds_run[0] / f"fold{k}", out / f"fold{k}")
+    for name in ("predictions.csv", "split.csv"):
+        assert (folds_run[0] / name).read_bytes() == (out / name).read_bytes()
+    one, two = load(folds_run[0]), load(out)
+    assert one.pop("seconds") != two.pop("seconds") and one == two
+
+
+def test_a_kill_loses_at_most_the_current_epoch(tree, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    kill("append_history", 3, "train_central", "--data", tree, *SMALL, "--folds", 1, "--epochs", 3,
+         "--period", 3, "--out", out)
+    trained = []
+    original = fedavg.train_local
+
+    def counted(*args, epochs, **kwargs):
+        trained.extend(epochs)
+        return original(*args, epochs=epochs, **kwargs)
+    monkeypatch.setattr(fedavg, "train_local", counted)
+    train_central.main(["--resume", str(out)])
+    assert trained == [2]
+    assert same_run(out, central(tree, tmp_path / "whole", "--folds", 1, "--epochs", 3,
+                                 "--period", 3))
+
+
+def test_seeds_are_ordinary_runs_and_resume_together(tree, tmp_path, capsys):
+    out = tmp_path / "several"
+    kill("train_step", 9, "train_federated", "--data", tree, *BASE, "--rounds", 1, "--out", out,
+         "--seeds", 4, 5)
+    assert (out / "seed4" / "results.json").exists()
+    assert not (out / "seed5" / "results.json").exists()
+    before = (out / "seed4" / "results.json").read_bytes()
+    capsys.readouterr()
+    train_federated.main(["--resume", str(out)])
+    assert (out / "seed4" / "results.json").read_bytes() == before
+    assert same_run(out / "seed5", train(tree, tmp_path / "five", "--rounds", 1, "--seed", 5))
+    printed = capsys.readouterr().out
+    assert "| several | 2 | 7 | " in printed and "± " in printed
+    assert (out / "comparison.md").exists() and (out / "comparison.png").exists()
+
+
+def test_networks_in_turn_and_their_table(tree, tmp_path, capsys):
+    names = ["shufflenet_v2_x0_5", "mobilenet_v3_small"]
+    out = central(tree, tmp_path / "nets", "--folds", 2, "--epochs", 1, "--models", *names,
+                  "--seeds", 0)
+    for name in names:
+        assert load(out / "seed0" / name)["model"] == name
+        assert (out / "seed0" / name / "fold2" / "model.pt").exists()
+    printed = capsys.readouterr().out
+    assert "| nets/shufflenet_v2_x0_5 | 1 | 72 |" in printed
+    assert "| nets/mobilenet_v3_small | 1 | 72 |" in printed
+    alone = central(tree, tmp_path / "alone", "--folds", 2, "--epochs", 1, "--model", names[1])
+    assert (alone / "predictions.csv").read_bytes() == \
+        (out / "seed0" / names[1] / "predictions.csv").read_bytes()
+
+
+def test_defaults_are_the_papers_and_the_demonstrations():
+    def parse(*argv):
+        return runs.parse("x", (data.add_arguments, models.add_arguments,
+                                train_central.add_arguments, fedavg.add_arguments),
+                          train_central.defaults, list(argv))
+    paper = parse("--data", "x")
+    assert (paper.model, paper.folds, paper.epochs, paper.split, paper.inner_val, paper.lr,
+            paper.plateau, paper.early_stop, paper.period, paper.bn) == (
+        "resnet50", 5, 40, "stratified", 0.1, 1e-4, 5, 10, 1, "train")
+    assert parse("--data", "x", "--folds", "1").split == "random"
+    assert parse("--data", "x", "--split", "random").split == "random"
+    small = parse()
+    assert (small.epochs, small.model, small.weights, small.folds) == (20, "resnet18", "none", 5)
+
+
+def test_lost_weights_stop_the_run_with_the_last_good_state(tree, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        central(tree, tmp_path / "run", "--folds", 1, "--epochs", 2, "--optimizer", "sgd", "--lr",
+                "1e38", "--clip", "0")
+    assert stop.value.code == 1 and "the weights are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_help_names_every_group():
+    done = script("--help", name="train_central.py", cwd=ROOT)
+    assert done.returncode == 0
+    for group in ("data", "split", "model", "centralised training", "local training", "run folder"):
+        assert f"\n{group}:" in done.stdout
