@@ -201,17 +201,16 @@ def page(rows: dict[str, dict], tests: list[dict]) -> str:
 
 def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> None:
     """The table as a figure: figures on the left, accuracies with their intervals on the right."""
-    figure = Figure(figsize=(15, 0.34 * len(rows) + 1.2))
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[2.6, 1])
-    columns = [0, 1, 2, 3, 5, 6, 7]
-    places = [0, 0.4, 0.44, 0.49, 0.65, 0.87, 0.94]
-    names = ["", "runs", "n", "accuracy", "weighted P / R / F1", "kappa", "AUC"]
-    for y, cells in enumerate(table_rows(rows)):
-        for x, column in zip(places, columns, strict=True):
-            left.text(x, y, re.sub(r" \([\d.]+–[\d.]+\)", "", str(cells[column]))
-                      if column > 3 else str(cells[column]), fontsize=7, va="center")
-    for x, name in zip(places, names, strict=True):
-        left.text(x, -1, name, fontsize=7, weight="bold", va="center")
+    bare = re.compile(r" \([\d.]+–[\d.]+\)| ± [\d.]+")  # spreads of all but accuracy: too wide
+    cells = [HEADER] + [[bare.sub("", str(x)) if i > 3 else str(x) for i, x in enumerate(row)]
+                        for row in table_rows(rows)]
+    widths = [max(len(row[i]) for row in cells) + 2 for i in range(len(HEADER))]
+    places = np.cumsum([0, *widths[:-1]]) / sum(widths)
+    figure = Figure(figsize=(0.085 * sum(widths) + 4, 0.3 * len(cells) + 0.8))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[0.085 * sum(widths), 4])
+    for y, row in enumerate(cells, -1):
+        for x, text in zip(places, row, strict=True):
+            left.text(x, y, text, fontsize=8, va="center", weight="bold" if y < 0 else None)
     left.axis("off")
     for y, (label, row) in enumerate(rows.items()):
         accuracy = row["accuracy"]
@@ -229,6 +228,7 @@ def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> Non
     right.grid(axis="x", alpha=0.3)
     right.tick_params(left=False, labelsize=7)
     right.xaxis.label.set_size(7)
+    figure.subplots_adjust(wspace=0.02)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
