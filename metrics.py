@@ -6,8 +6,10 @@ narrow wherever patients contribute several images.
 """
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from scipy.stats import binomtest
+from scipy.stats import t as student
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 BOOTSTRAP = 1000  # resamples of the percentile intervals
@@ -170,6 +172,25 @@ def mean_sd(values: list[dict | float | None]) -> dict:
     known = np.array([v for v in plain if v is not None])
     return {"n": len(known), "mean": float(known.mean()) if len(known) else None,
             "sd": float(known.std(ddof=1)) if len(known) > 1 else None}
+
+
+def mean_interval(values: list[float | None]) -> dict:
+    """Mean over images with Student's 95 % interval; None where fewer than two are defined."""
+    known = np.array([v for v in values if v is not None])
+    n = len(known)
+    if n < 2:
+        return {"n": n, "value": float(known.mean()) if n else None, "low": None, "high": None}
+    half = student.ppf(0.975, n - 1) * known.std(ddof=1) / np.sqrt(n)
+    mean = known.mean()
+    return {"n": n, "value": float(mean), "low": float(mean - half), "high": float(mean + half)}
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The T > 0 whose softmax(logits / T) has the lowest cross-entropy (Guo et al. 2017)."""
+    def loss(log_t: float) -> float:
+        scaled = log_softmax(logits / np.exp(log_t), axis=1)
+        return -scaled[np.arange(len(labels)), labels].mean()
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> dict:

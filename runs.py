@@ -283,20 +283,22 @@ def write_predictions(folder: Path, images: Images, split: Split, logits: dict) 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The test rows of a `predictions.csv`, in the order of their paths."""
+    """Rows of a `predictions.csv`, in the order of their paths."""
     paths: list[str]
     labels: np.ndarray  # int64 [n]
     logits: np.ndarray  # float64 [n, C], the logarithms of the probabilities written
     classes: list[str]
 
 
-def read_predictions(folder: Path) -> Predictions:
-    """Test images (all out-of-fold ones of a k-fold run) as `write_predictions` wrote them."""
+def read_predictions(folder: Path, part: str = "test") -> Predictions:
+    """Test images (all out-of-fold ones of a k-fold run), or those of `val`, as
+    `write_predictions` wrote them. Raises InputError where there are none."""
     try:
         with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
             header, *rows = csv.reader(file)
         classes = [name.removeprefix("p_") for name in header[4:]]
-        rows = sorted(row for row in rows if row[2] in ("test", "val+test") or "fold" in row[2])
+        rows = sorted(row for row in rows if part in row[2].split("+")
+                      or (part == "test" and row[2].startswith("fold")))
         p = np.array([row[4:] for row in rows], dtype=np.float64).reshape(len(rows), len(classes))
         labels = np.array([classes.index(row[1]) for row in rows], dtype=np.int64)
     except FileNotFoundError:
@@ -304,5 +306,5 @@ def read_predictions(folder: Path) -> Predictions:
     except (ValueError, IndexError) as error:
         raise InputError(f"{folder}/predictions.csv: damaged ({error})") from None
     if not rows:
-        raise InputError(f"{folder}/predictions.csv: no test image in it")
+        raise InputError(f"{folder}/predictions.csv: no {part} image in it")
     return Predictions([row[0] for row in rows], labels, np.log(np.maximum(p, 1e-45)), classes)

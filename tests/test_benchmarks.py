@@ -1,4 +1,4 @@
-"""The benchmark runs and its last line holds what it promises; its timings are not asserted."""
+"""The benchmarks run and their last line holds what it promises; timings are not asserted."""
 
 import json
 import runpy
@@ -19,3 +19,15 @@ def test_throughput_prints_one_json_object_last(capsys, monkeypatch):
                          "average_share_of_round"]
     assert all(v > 0 for v in out.values()) and out["average_share_of_round"] < 1
     assert out["ours_over_plain"] == pytest.approx(out["ours"] / out["plain"])
+
+
+def test_latency_prints_one_json_object_last(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["latency.py", "--model", "shufflenet_v2_x0_5", "--image-size",
+                                     "32", "--repeats", "2", "--samples", "20"])
+    runpy.run_path(str(FOLDER / "latency.py"), run_name="__main__")
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(out) == ["plain_ms_batch1", "ours_ms_batch1", "speedup_batch1", "plain_ms_batch32",
+                         "ours_ms_batch32", "speedup_batch32", "lime_over_forward"]
+    assert all(v > 0 for v in out.values())
+    assert out["speedup_batch32"] == pytest.approx(
+        out["plain_ms_batch32"] / out["ours_ms_batch32"], rel=0.02)

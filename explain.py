@@ -1,0 +1,335 @@
+"""Why a trained run answers as it does, and whether to believe the picture.
+
+    python explain.py runs/NAME                     # test images by a fixed rule, and every error
+    python explain.py runs/NAME --images a.png      # others
+    python explain.py runs/NAME --per-class 1 --samples 100      # a minute on two cores
+
+Input gradient, integrated gradients, Grad-CAM and LIME; each checked by deletion, by randomising
+the weights, by its share of the scale-bar corner and of the background. All in float32.
+"""
+
+import argparse
+import copy
+import csv
+import io
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import attribution
+import data
+import faithfulness
+import inference
+import metrics
+import models
+import pictures
+import report
+import runs
+from checks import InputError, guard, integer, make_parser, number, warn
+
+METHODS = ("gradient", "integrated-gradients", "grad-cam", "lime")
+STAGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the layers randomised; 0 = the head alone
+TOLERANCE = 1e-3  # of probabilities, beyond which the explained network is not the evaluated one
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One image to explain."""
+    path: str
+    pixels: Tensor  # uint8 [3, H, W]
+    truth: int | None
+    p: np.ndarray  # [C]
+    chosen: str  # by the rule, misclassified, given
+
+    def targets(self) -> list[int]:
+        """The class predicted, and the true one where it differs."""
+        predicted = int(self.p.argmax())
+        return [predicted] + [self.truth] * (self.truth not in (None, predicted))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    add = parser.add_argument_group("images").add_argument
+    add("--images", nargs="+", metavar="FILE", help="explain these instead of test images")
+    add("--per-class", type=integer(1), default=3,
+        help="test images of each class, evenly spaced in path order (default 3)")
+    add = parser.add_argument_group("methods").add_argument
+    add("--layer", metavar="MODULE", help="of Grad-CAM (default: the last convolution)")
+    add("--steps", type=integer(1), default=32, help="of integrated gradients (default 32)")
+    add("--samples", type=integer(10), default=1000, help="of LIME (default 1000)")
+    add("--lime-seeds", type=integer(2), default=3, help="LIME repeats for stability (default 3)")
+    add("--rectangle", type=number(0, 1), nargs=4, default=(0.7, 0.85, 1.0, 1.0),
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help="in shares of the side; default: the "
+        "lower right corner, where the scale bar is burnt in")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default auto)")
+    add("--client", type=integer(0), help="whose BatchNorm, of a --bn local run")
+
+
+# ---- which images -------------------------------------------------------------------------------
+
+def choose(test: runs.Predictions, per_class: int) -> dict[str, str]:
+    """Path → why: of each class `per_class` test images evenly spaced in path order, and errors."""
+    chosen = {}
+    for c in range(len(test.classes)):
+        members = np.flatnonzero(test.labels == c)
+        count = min(per_class, len(members))
+        for j in range(count):
+            chosen[test.paths[members[(2 * j + 1) * len(members) // (2 * count)]]] = "rule"
+    for i in np.flatnonzero(test.logits.argmax(1) != test.labels):
+        chosen.setdefault(test.paths[i], "misclassified")
+    return chosen
+
+
+def of_the_run(folder: Path, trained: inference.Trained, per_class: int) -> list[Subject]:
+    """Test images of the run. Refuses data that changed; warns where predictions.csv differs."""
+    run, test = runs.read_json(folder / "run.json"), runs.read_predictions(folder)
+    images = data.load(argparse.Namespace(**run["arguments"]))
+    if images.fingerprint() != run["fingerprint"]:
+        raise InputError(f"{folder}: the images are no longer those of the run")
+    chosen, place = choose(test, per_class), {path: i for i, path in enumerate(images.paths)}
+    pixels = images.pixels[[place[path] for path in chosen]]
+    p = inference.probabilities(trained, pixels).numpy()
+    written = np.exp(test.logits[[test.paths.index(path) for path in chosen]])
+    if np.abs(p - written).max() > TOLERANCE:
+        warn(f"WARNING: probabilities differ by {np.abs(p - written).max():.2g} from "
+             f"{folder}/predictions.csv: not the network that was evaluated")
+    return [Subject(path, x, int(images.labels[place[path]]), row, why)
+            for (path, why), x, row in zip(chosen.items(), pixels, p, strict=True)]
+
+
+def given(files: list[str], trained: inference.Trained) -> list[Subject]:
+    subjects = []
+    for name in files:
+        try:
+            array, _, _ = data.decode(Path(name), trained.image_size)
+        except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
+            raise InputError(f"--images {name}: {error}") from None
+        pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)
+        p = inference.probabilities(trained, pixels[None])[0].numpy()
+        subjects.append(Subject(name, pixels, None, p, "given"))
+    return subjects
+
+
+# ---- maps and checks ----------------------------------------------------------------------------
+
+def gradient_maps(model: torch.nn.Module, subject: Subject, target: int,
+                  args: argparse.Namespace, advance: Callable[[int], object]) -> dict:
+    """The three methods that follow gradients, by name."""
+    device = next(model.parameters()).device
+    x = data.normalise(subject.pixels[None].to(device).float().div_(255))
+    maps = {"gradient": attribution.saliency(model, x, target),
+            "integrated-gradients": attribution.integrated_gradients(model, x, target, args.steps),
+            "grad-cam": attribution.grad_cam(model, x, target,
+                                             attribution.find_layer(model, args.layer))}
+    advance(args.steps + 2)
+    return maps
+
+
+def explain(trained: inference.Trained, subject: Subject, args: argparse.Namespace,
+            classify: attribution.Classify, advance: Callable[[int], object]) -> dict:
+    """maps: (method, class) → [H, W]; superpixels; LIME weights per seed and class."""
+    lime = [attribution.lime(classify, subject.pixels, subject.targets(), args.samples, seed)
+            for seed in range(args.lime_seeds)]
+    segments = lime[0][0]
+    maps = {}
+    for target in subject.targets():
+        for name, values in gradient_maps(trained.model, subject, target, args, advance).items():
+            maps[name, target] = values
+        maps["lime", target] = lime[0][1][target][segments].astype(np.float32)
+    return {"maps": maps, "segments": segments, "lime": [weights for _, weights in lime]}
+
+
+def check(subject: Subject, found: dict, args: argparse.Namespace,
+          classify: attribution.Classify, seed: int) -> dict[str, dict]:
+    """Per method: deletion and random area, shares of corner and background (predicted class)."""
+    target = subject.targets()[0]
+    shape = tuple(subject.pixels.shape[1:])
+    corner, bright = faithfulness.rectangle(shape, args.rectangle), faithfulness.background(
+        subject.pixels)
+    chance = faithfulness.random_area(classify, subject.pixels, target, seed)
+    out = {}
+    for method in METHODS:
+        values = found["maps"][method, target]
+        order = np.argsort(-faithfulness.cell_means(values), kind="stable")
+        out[method] = {
+            "deletion_area": faithfulness.deletion_area(classify, subject.pixels, target, order),
+            "random_area": chance, "corner": faithfulness.share_inside(values, corner),
+            "background": faithfulness.share_inside(values, bright)}
+    out["lime"]["jaccard"] = faithfulness.jaccard([weights[target] for weights in found["lime"]])
+    return out
+
+
+def randomise(trained: inference.Trained, subjects: list[Subject], founds: list[dict],
+              args: argparse.Namespace, bar: tqdm) -> dict[str, list[list[float]]]:
+    """Per method and stage the rank correlation of each subject's map with the original; LIME at
+    the last stage alone."""
+    fresh = models.build(trained.name, len(trained.classes), seed=1).state_dict()
+    model = copy.deepcopy(trained.model)
+    other = inference.Trained(model, trained.name, trained.classes, trained.image_size,
+                              trained.device)
+    out = {method: [] for method in METHODS}
+    for share in STAGES:
+        model.load_state_dict(faithfulness.randomised(trained.model, fresh, share))
+        rows = {method: [] for method in METHODS}
+        for subject, found in zip(subjects, founds, strict=True):
+            target = subject.targets()[0]
+            maps = gradient_maps(model, subject, target, args, bar.update)
+            if share == 1:
+                segments, weights = attribution.lime(classifier(other, bar), subject.pixels,
+                                                     [target], args.samples, 0)
+                maps["lime"] = weights[target][segments]
+            for method, values in maps.items():
+                rows[method].append(faithfulness.rank_correlation(
+                    values, found["maps"][method, target]))
+        for method in METHODS:
+            out[method].append(rows[method])
+    return out
+
+
+def classifier(trained: inference.Trained, bar: tqdm) -> attribution.Classify:
+    """Probabilities as a function of pixels, the bar advancing with every image."""
+    def classify(pixels: Tensor) -> np.ndarray:
+        bar.update(len(pixels))
+        return inference.probabilities(trained, pixels).numpy()
+    return classify
+
+
+def passes(subjects: list[Subject], args: argparse.Namespace) -> int:
+    """Images that will go through the network, for the bar."""
+    looks = len(range(0, faithfulness.GRID**2 + 1, faithfulness.PER_STEP))
+    total = 0
+    for s in subjects:
+        total += len(s.targets()) * (args.steps + 2) + args.lime_seeds * args.samples
+        if s.chosen != "misclassified":
+            total += looks * (len(METHODS) + 4) + len(STAGES) * (args.steps + 2) + args.samples
+    return total
+
+
+# ---- verdicts -----------------------------------------------------------------------------------
+
+def verdicts(checks: list[dict], correlations: dict, subjects: list[Subject],
+             args: argparse.Namespace) -> dict:
+    """Per method every figure with n and 95 % interval, and what follows from it."""
+    shape = tuple(subjects[0].pixels.shape[1:])
+    areas = {"corner": float(faithfulness.rectangle(shape, args.rectangle).mean()),
+             "background": float(np.mean([faithfulness.background(s.pixels).mean()
+                                          for s in subjects]))}
+    out = {"images": len(checks), "area": areas, "rectangle": list(args.rectangle),
+           "stages": list(STAGES), "methods": {}}
+    for method in METHODS:
+        rows = [c[method] for c in checks]
+        gain = metrics.mean_interval([r["random_area"] - r["deletion_area"] for r in rows])
+        rho = [metrics.mean_interval(values) for values in correlations[method]]
+        m = {"deletion_gain": gain, "faithful": gain["low"] is not None and gain["low"] > 0,
+             "rank_correlation": rho,
+             "sensitive": rho[-1]["high"] is not None and rho[-1]["high"] < 0.5,
+             **{key: metrics.mean_interval([r[key] for r in rows]) for key in areas}}
+        if method == "lime":
+            m["jaccard"] = metrics.mean_interval([r["jaccard"] for r in rows])
+        out["methods"][method] = m
+    return out
+
+
+def verdict_table(found: dict) -> str:
+    """The verdicts as Markdown."""
+    rows = []
+    for method, m in found["methods"].items():
+        rows.append([
+            method, "faithful" if m["faithful"] else "**not shown faithful**",
+            "sensitive to the weights" if m["sensitive"] else "**not shown sensitive**",
+            *(report.show(m[key]) for key in ("deletion_gain", "corner", "background")),
+            report.show(m["rank_correlation"][-1]),
+            report.show(m["jaccard"]) if "jaccard" in m else "–"])
+    rows.append(["(share of area)", "", "", "", report.show(found["area"]["corner"]),
+                 report.show(found["area"]["background"]), "", ""])
+    return (f"n = {found['images']} images, predicted class; mean and 95 % interval over them.\n\n"
+            + report.markdown(["method", "deletion", "weights", "random − deletion area",
+                               "share in the corner", "share on the brightest quarter",
+                               "ρ after full randomisation", "Jaccard over seeds"], rows)
+            + "\n\nFaithful: the interval of random − deletion area lies above 0 (the same cells, "
+            "painted over in the order of the map or at random). Sensitive: the upper bound of the "
+            "rank correlation with the map of the untrained network is below 0.5.")
+
+
+def write_table(out: Path, subjects: list[Subject], founds: list[dict], checks: list[dict | None],
+                classes: list[str]) -> None:
+    """maps/*.npy and explanations.csv: a row per image, method and class."""
+    (out / "maps").mkdir()
+    keys = ("deletion_area", "random_area", "corner", "background", "jaccard")
+    rows = [["path", "truth", "prediction", "probability", "chosen", "method", "class", "map",
+             "scale", *keys]]
+    for i, (s, found, checked) in enumerate(zip(subjects, founds, checks, strict=True)):
+        for (method, target), values in found["maps"].items():
+            name = f"maps/{i:03d}-{method}-{classes[target]}.npy"
+            np.save(out / name, values.astype(np.float32))
+            own = checked[method] if checked and target == s.targets()[0] else {}
+            rows.append([s.path, "" if s.truth is None else classes[s.truth],
+                         classes[s.p.argmax()], f"{s.p.max():.6f}", s.chosen, method,
+                         classes[target], name, f"{pictures.scale(values):.6g}",
+                         *("" if own.get(k) is None else f"{own[k]:.6f}" for k in keys)])
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    runs.write_text(out / "explanations.csv", buffer.getvalue())
+
+
+def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject]) -> None:
+    """explanations/report.md and .json, and the verdicts in the run's own report.md."""
+    table = verdict_table(found)
+    listed = "\n".join(f"- {s.path} ({s.chosen})" for s in subjects)
+    figures = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(out.glob("*.png")))
+    runs.write_text(out / "report.md", f"# Explanations of {folder.name}\n\n{table}\n\n## Images\n"
+                    f"\n{listed}\n\n## Figures\n\n{figures}\n")
+    runs.write_json(out / "explanations.json", found)
+    page = folder / "report.md"
+    if page.exists():
+        before = page.read_text("utf-8").partition("\n\n## Explanations")[0]
+        runs.write_text(page, f"{before}\n\n## Explanations\n\n{table}\n\n"
+                        "Pictures and raw maps: explanations/report.md\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    folder = Path(args.run)
+    if not (args.rectangle[0] < args.rectangle[2] and args.rectangle[1] < args.rectangle[3]):
+        raise InputError("--rectangle: left < right and top < bottom")
+    trained = inference.load(folder, models.pick_device(args.device), args.client)
+    attribution.find_layer(trained.model, args.layer)
+    if trained.image_size < faithfulness.GRID:
+        raise InputError(f"images of {trained.image_size} pixels are too small to explain")
+    subjects = given(args.images, trained) if args.images else \
+        of_the_run(folder, trained, args.per_class)
+    founds, checks = [], []
+    with tqdm(total=passes(subjects, args), desc="explaining", unit="pass", unit_scale=True,
+              disable=None) as bar:
+        classify = classifier(trained, bar)
+        for i, s in enumerate(subjects):
+            founds.append(explain(trained, s, args, classify, bar.update))
+            checks.append(None if s.chosen == "misclassified" else
+                          check(s, founds[-1], args, classify, seed=i))
+        checked = [i for i, c in enumerate(checks) if c]
+        correlations = randomise(trained, [subjects[i] for i in checked],
+                                 [founds[i] for i in checked], args, bar)
+    found = verdicts([checks[i] for i in checked], correlations, [subjects[i] for i in checked],
+                     args)
+    out = folder / "explanations"
+    if out.exists():
+        shutil.rmtree(out)  # an earlier answer to the same question
+    out.mkdir()
+    write_table(out, subjects, founds, checks, trained.classes)
+    pictures.write(out, subjects, founds, trained.classes, METHODS)
+    write_report(folder, out, found, subjects)
+    print(verdict_table(found))
+    print(f"\nreport: {out}/report.md")
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,0 +1,75 @@
+"""A trained run as a function from pixels to logits: exactly as it was evaluated, or fast.
+
+Exact is the evaluation of training: float32, the network as it was saved. Fast folds BatchNorm into
+the convolutions (torch.fx) and computes in bf16 where the device does so natively.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import optimization
+
+import data
+import models
+from checks import InputError
+
+BATCH = 64  # memory only
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A network in eval mode with what its pixels need."""
+    model: nn.Module
+    name: str  # torchvision's name of the architecture
+    classes: list[str]
+    image_size: int
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+
+def load(folder: Path, device: torch.device, client: int | None = None) -> Trained:
+    """The best model of a run folder, exact. client: whose BatchNorm, where each has its own.
+
+    Raises InputError for a folder without `model.pt`, and where `client` is needed or unknown.
+    """
+    if not (folder / "model.pt").exists():
+        parts = sorted(p.parent.name for p in folder.glob("*/model.pt"))
+        raise InputError(f"{folder}: has no model.pt" + (
+            f"; it holds several runs, name one: {', '.join(parts)}" if parts else
+            ", it is no trained run"))
+    content = models.read_file(folder / "model.pt")
+    local_bn = content.get("local_bn", {})
+    if bool(local_bn) != (client is not None) or (local_bn and client not in local_bn):
+        raise InputError(f"{folder}: " + (
+            f"every client has its own BatchNorm, --client must be one of {sorted(local_bn)}"
+            if local_bn else "one global model, --client has no place here"))
+    model = models.build(content["model"], len(content["classes"]))
+    model.load_state_dict(content["state"] | local_bn.get(client, {}))
+    return Trained(model.to(device).eval(), content["model"], content["classes"],
+                   content["image_size"], device)
+
+
+def fast(trained: Trained) -> Trained:
+    """The same network with BatchNorm folded, channels_last, in bf16 (CUDA: float16 at need)."""
+    dtype = models.pick_precision("auto", trained.device) or torch.float32
+    folded = optimization.fuse(copy.deepcopy(trained.model)).eval()
+    folded = folded.to(trained.device, dtype, memory_format=torch.channels_last)
+    return Trained(folded, trained.name, trained.classes, trained.image_size, trained.device, dtype)
+
+
+@torch.inference_mode()
+def logits(trained: Trained, pixels: Tensor) -> Tensor:
+    """float32 [n, C] on the CPU, in batches. pixels: uint8 [n, 3, H, W] of the network's size."""
+    out = []
+    for batch in pixels.split(BATCH):
+        batch = data.normalise(batch.to(trained.device).float().div_(255))
+        out.append(trained.model(batch.to(trained.dtype)).float().cpu())
+    return torch.cat(out)
+
+
+def probabilities(trained: Trained, pixels: Tensor) -> Tensor:
+    """float32 [n, C], rows summing to 1."""
+    return logits(trained, pixels).softmax(1)

@@ -1,0 +1,198 @@
+"""A trained run on new images: a CSV; where folders name the classes, the full metrics.
+
+    python predict.py runs/NAME images/ more.jpg     # fast: BatchNorm folded, bf16 where native
+    python predict.py runs/NAME DIR --exact          # the figures of training's own evaluation
+    python predict.py runs/NAME DIR --map labels.json     # {"folder name": "class", ...}
+
+Exit code 1 where an image could not be read; the others are done.
+"""
+
+import csv
+import io
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import inference
+import metrics
+import models
+import report
+import runs
+from checks import InputError, guard, integer, make_parser, warn
+
+MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files or folders")
+    add = parser.add_argument
+    add("--out", metavar="CSV", help="default: RUN/predicted.csv, numbered if taken")
+    add("--exact", action="store_true", help="float32, nothing folded")
+    add("--calibrate", action="store_true", help="temperature scaling, fitted on the run's "
+        "validation part and stored with the run")
+    add("--map", metavar="JSON", help="folder name → class of the run, or Malignant and Benign")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default auto)")
+    add("--client", type=integer(0), help="whose BatchNorm, of a --bn local run")
+
+
+def find(paths: list[str]) -> list[tuple[Path, Path | None]]:
+    """(file, the folder given that it lies in) of every image, in order; files as they are given.
+
+    Raises InputError for a path that is not there, and where there is no image at all."""
+    found = []
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            found += [(file, path) for file in data.find_files(path)[0]]
+        elif path.exists():
+            found.append((path, None))
+        else:
+            raise InputError(f"{path}: no such file or folder")
+    if not found:
+        raise InputError(f"no image in {' '.join(paths)}")
+    return found
+
+
+def read_map(path: str | None, classes: list[str]) -> dict[str, str]:
+    """Folder name, in lower case → class: the run's own, the public layouts' names, or --map."""
+    if path is None:
+        return {**{k: v for k, v in data.CLASS_NAMES.items() if v in classes},
+                **{c.lower(): c for c in classes}}
+    try:
+        given = json.loads(Path(path).read_text("utf-8"))
+        given = {str(k).lower(): v for k, v in given.items()}
+    except (ValueError, AttributeError):
+        raise InputError(f"--map {path}: not a JSON object of folder name: class") from None
+    binary = "Malignant" in given.values() and "Malignant" not in classes
+    allowed = MALIGNANT if binary else classes
+    if binary and "Benign" not in classes:
+        raise InputError(f"--map {path}: the run knows no Benign to tell Malignant from")
+    for name, target in given.items():
+        if target not in allowed:
+            raise InputError(f"--map {path}: {name!r} is mapped to {target!r}, not one of "
+                             f"{', '.join(allowed)}")
+    return given
+
+
+def label_of(file: Path, root: Path | None, names: dict[str, str]) -> str:
+    """The class that the nearest folder names, up to and with the folder given; "" for none."""
+    if root is None:
+        return ""
+    parts = [root.resolve().name, *file.relative_to(root).parent.parts]
+    return next((names[part.lower()] for part in reversed(parts) if part.lower() in names), "")
+
+
+def temperature(folder: Path) -> float:
+    """`temperature.json` of the run; fitted on its validation predictions if not yet there."""
+    path = folder / "temperature.json"
+    if not path.exists():
+        val = runs.read_predictions(folder, "val")
+        value = metrics.fit_temperature(val.logits, val.labels)
+        before, after = (metrics.measure(val.logits / t, val.labels, val.classes)
+                         for t in (1.0, value))
+        runs.write_json(path, {
+            "temperature": value, "fitted_on": "validation part", "n": len(val.labels),
+            **{key: [before[key], after[key]] for key in ("loss", "ece")}})
+    return runs.read_json(path)["temperature"]
+
+
+def predict(trained: inference.Trained, files: list[Path],
+            t: float) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """(logits [n, C], NaN where unreadable; seconds per image in the network; what was unreadable)
+
+    Decoding runs in threads, a chunk at a time, so that memory does not grow with the number.
+    """
+    out = np.full((len(files), len(trained.classes)), np.nan)
+    seconds, bad = np.full(len(files), np.nan), {}
+
+    def read(i: int) -> torch.Tensor | None:
+        try:
+            return torch.from_numpy(data.decode(files[i], trained.image_size)[0].copy())
+        except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
+            bad[i] = " ".join(str(error).split())
+            return None
+    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="predicting", unit="image",
+                                            disable=None) as bar:
+        for start in range(0, len(files), inference.BATCH):
+            rows = range(start, min(start + inference.BATCH, len(files)))
+            pixels = list(pool.map(read, rows))
+            good = [i for i, x in zip(rows, pixels, strict=True) if x is not None]
+            if good:
+                batch = torch.stack([x for x in pixels if x is not None]).permute(0, 3, 1, 2)
+                began = time.perf_counter()
+                out[good] = inference.logits(trained, batch).numpy() / t
+                seconds[good] = (time.perf_counter() - began) / len(good)
+            bar.update(len(rows))
+    return out, seconds, bad
+
+
+def evaluate(logits: np.ndarray, labels: list[str], classes: list[str]) -> dict | None:
+    """Full metrics over the labelled images; malignant against benign where that is all that is
+    known. None without labels."""
+    known = [i for i, label in enumerate(labels) if label and np.isfinite(logits[i]).all()]
+    if not known:
+        return None
+    logits = logits[known]
+    if "Malignant" in labels and "Malignant" not in classes:
+        log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        benign = log_p[:, classes.index("Benign")]
+        rest = np.delete(log_p, classes.index("Benign"), axis=1)
+        logits, classes = np.stack([benign, np.logaddexp.reduce(rest, axis=1)], 1), MALIGNANT
+    return metrics.measure(logits, np.array([classes.index(labels[i]) for i in known]), classes)
+
+
+def write_csv(path: Path, files: list[Path], labels: list[str], logits: np.ndarray,
+              seconds: np.ndarray, classes: list[str]) -> None:
+    rows = [["path", "prediction", *(f"p_{c}" for c in classes), "seconds", "label"]]
+    for i in np.flatnonzero(np.isfinite(seconds)):
+        p = np.exp(logits[i] - np.logaddexp.reduce(logits[i]))
+        rows.append([files[i], classes[p.argmax()], *(f"{x:.9g}" for x in p),
+                     f"{seconds[i]:.6f}", labels[i]])
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    runs.write_text(path, buffer.getvalue())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    folder = Path(args.run)
+    trained = inference.load(folder, models.pick_device(args.device), args.client)
+    names, found = read_map(args.map, trained.classes), find(args.paths)
+    files, labels = [f for f, _ in found], [label_of(f, root, names) for f, root in found]
+    out, number = Path(args.out or folder / "predicted.csv"), 1
+    while args.out is None and out.exists():
+        number += 1
+        out = folder / f"predicted-{number}.csv"
+    if out.exists():
+        raise InputError(f"--out {out}: exists already")
+    t = temperature(folder) if args.calibrate else 1.0
+    logits, seconds, bad = predict(trained if args.exact else inference.fast(trained), files, t)
+    write_csv(out, files, labels, logits, seconds, trained.classes)
+    print(f"{len(files) - len(bad)} images to {out}" + (f", temperature {t:.3f}" if t != 1 else ""))
+    figures = evaluate(logits, labels, trained.classes)
+    if figures is not None:
+        runs.write_json(out.with_suffix(".json"), figures)
+        unlabelled = len(files) - len(bad) - figures["n"]
+        report.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[
+            figures["n"], report.show(figures["accuracy"]),
+            *(report.show(figures[k]) for k in ("macro_f1", "kappa", "roc_auc", "loss", "ece"))]])
+        print(f"all figures: {out.with_suffix('.json')}"
+              + (f"; {unlabelled} images without a class folder left out" if unlabelled else ""))
+    for i, reason in sorted(bad.items()):
+        warn(f"unreadable: {files[i]} ({reason})")
+    if bad:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    guard(main)
