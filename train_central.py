@@ -24,8 +24,8 @@ import splits
 from checks import InputError, guard, integer, number, warn
 
 # What the demonstration sets for itself where --data is not given; every flag still overrides.
-DEMONSTRATION = {"model": "resnet18", "weights": "none", "image_size": 32, "batch_size": 16,
-                 "lr": 1e-3, "plateau": 1, "early_stop": 5, "epochs": 20}
+DEMONSTRATION = {"model": "resnet18", "weights": "none", "image_size": 32, "batch_size": 32,
+                 "lr": 1e-3, "plateau": 2, "early_stop": 5, "epochs": 20}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
