@@ -9,9 +9,8 @@ A state is a value: a dict of tensors in, a new dict out. What a client draws co
 round, client, epoch) alone. `train_local` is the only training loop: central training calls it too.
 """
 
-import argparse
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,57 +19,11 @@ from torch import Tensor, nn
 
 import data
 import models
-from augment import Augmentation
-from checks import InputError, integer, number, warn
+from checks import InputError, warn
+from recipes import Recipe
 
 State = dict[str, Tensor]
 EVAL_BATCH = 64  # memory only: float32 evaluation does not depend on it
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one client trains (Table 3 and section 3.4 of the paper)."""
-    batch_size: int = 32
-    optimizer: str = "adamw"
-    weight_decay: float = 1e-4
-    momentum: float = 0.9  # SGD only
-    clip: float = 1.0  # global gradient norm, 0 = off
-    label_smoothing: float = 0.0
-    sampler: str = "shuffle"
-    expand: int = 1  # times each image is drawn per epoch
-    mu: float = 0.0  # FedProx
-    augmentation: Augmentation | None = None
-    amp_dtype: torch.dtype | None = None  # of autocast; None = float32
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of local training, shared by both trainers."""
-    add = parser.add_argument_group("local training").add_argument
-    add("--batch-size", type=integer(1), default=32, help="images a step (default 32)")
-    add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw")
-    add("--lr", type=number(0, open_low=True), default=1e-4, help="default 1e-4; Adam's text: 1e-3")
-    add("--weight-decay", type=number(0), default=1e-4)
-    add("--momentum", type=number(0, 1), default=0.9, help="of --optimizer sgd")
-    add("--clip", type=number(0), default=1.0, help="global gradient norm, 0 = off (default 1)")
-    add("--class-weights", choices=("inverse", "none"), default="inverse", help="of eq. 3")
-    add("--label-smoothing", type=number(0, 1), default=0.0)
-    add("--sampler", choices=data.SAMPLERS, default="shuffle")
-    add("--expand", type=integer(1), default=1, help="draws of each image per epoch")
-    add("--translation", type=number(0, 1), default=0.0, help="share of the side (Table 3: 0.1)")
-    add("--no-augment", action="store_true", help="train on the images as they are")
-    add("--plateau", type=integer(0), default=5, help="patience of the rate's cut by 5; 0 = off")
-    add("--early-stop", type=integer(0), default=10, help="patience; 0 = off (default 10)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--seed", type=integer(0), default=0, help="of everything but split and partition")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-        help="auto: bf16 where the device computes it, on CUDA else fp16, else off")
-
-
-def make_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
-    """The recipe that the flags describe, precision resolved for `device`."""
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
-    ranges = None if args.no_augment else Augmentation(translation=args.translation)
-    return Recipe(**given, augmentation=ranges, amp_dtype=models.pick_precision(args.amp, device))
 
 
 def random_keys(*parts: int) -> tuple[int, int]:
@@ -89,36 +42,61 @@ def sample_clients(num_clients: int, fraction: float, seed: int, round_index: in
     return sorted(rng.choice(num_clients, count, replace=False).tolist())
 
 
-def weighted_average(updates: Iterable[tuple[State, int]]) -> State:
-    """θ = Σ n_k θ_k / Σ n_k over (state, n_k) pairs, read one at a time: only one needs to exist.
+@dataclass
+class WeightedSum:
+    """Σ n_k θ_k and Σ n_k. Float entries are unevaluated sums high + low of float64 (Knuth's
+    two-sum): nothing is rounded away, so neither order nor grouping of the clients, over processes
+    say, changes a bit. Integer entries (BatchNorm's counters) hold the element-wise maximum."""
+    high: State = field(default_factory=dict)
+    low: State = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    num_examples: int = 0
 
-    Floating-point entries, BatchNorm's running statistics included, are summed in float64 with
-    integer weights, divided once and cast back; integer entries (BatchNorm's counters) take the
-    element-wise maximum. Note that the mean of running variances is not the pooled variance.
-    Inputs are not changed. Raises ValueError for no update, unequal entries, or n_k < 1.
+    def add(self, key: str, high: Tensor, low: Tensor | float = 0.0) -> None:
+        """Add an entry, n_k θ_k or the sum of other clients; `high` may become part of this."""
+        if key not in self.high:
+            self.high[key], self.low[key] = high, torch.zeros_like(high) + low
+        elif high.is_floating_point():
+            total = self.high[key] + high
+            back = total - self.high[key]
+            self.low[key] += (self.high[key] - (total - back)) + (high - back) + low
+            self.high[key] = total
+        else:
+            self.high[key] = torch.maximum(self.high[key], high)
+
+    def mean(self) -> State:
+        """θ = Σ n_k θ_k / Σ n_k, divided once and cast back. Raises ValueError for no update."""
+        if self.num_examples == 0:
+            raise ValueError("no update to average")
+        return {key: ((high + self.low[key]) / self.num_examples).to(self.dtypes[key])
+                if high.is_floating_point() else high for key, high in self.high.items()}
+
+
+def weighted_sum(updates: Iterable[tuple[State, int]]) -> WeightedSum:
+    """Σ n_k θ_k over (state, n_k) pairs, read one at a time: only one needs to exist.
+
+    Every entry takes part, BatchNorm's running statistics included: note that the mean of running
+    variances is not the pooled variance. Inputs are not changed. Raises ValueError for unequal
+    entries, or n_k < 1.
     """
-    sums: State = {}
-    dtypes: dict[str, torch.dtype] = {}
-    total = 0
+    result = WeightedSum()
     for state, num_examples in updates:
         if num_examples < 1 or num_examples != int(num_examples):
             raise ValueError(f"weight {num_examples} is not a number of images")
-        if not sums:
-            dtypes = {key: value.dtype for key, value in state.items()}
-            sums = {key: torch.zeros_like(value, dtype=torch.float64) if value.is_floating_point()
-                    else value.clone() for key, value in state.items()}
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in sums.items()}:
+        result.dtypes = result.dtypes or {key: value.dtype for key, value in state.items()}
+        known = {k: v.shape for k, v in result.high.items()}
+        if known and {k: v.shape for k, v in state.items()} != known:
             raise ValueError("states differ in their entries or shapes")
         for key, value in state.items():
-            if value.is_floating_point():
-                sums[key].add_(value.detach(), alpha=int(num_examples))
-            else:
-                sums[key] = torch.maximum(sums[key], value)
-        total += int(num_examples)  # of the clients of this round, not of all
-    if total == 0:
-        raise ValueError("no update to average")
-    return {key: (value / total).to(dtypes[key]) if value.is_floating_point() else value
-            for key, value in sums.items()}
+            result.add(key, value.detach().double() * int(num_examples)
+                       if value.is_floating_point() else value.clone())
+        result.num_examples += int(num_examples)  # of the clients of this round, not of all
+    return result
+
+
+def weighted_average(updates: Iterable[tuple[State, int]]) -> State:
+    """θ = Σ n_k θ_k / Σ n_k over (state, n_k) pairs. Raises ValueError for no update."""
+    return weighted_sum(updates).mean()
 
 
 def plateau_lr(losses: list[float], lr: float, patience: int = 5, factor: float = 0.2,
@@ -136,12 +114,13 @@ def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State],
               clients: list[np.ndarray], images: data.Images, recipe: Recipe, *, bn: str, lr: float,
               local_epochs: int, class_weights: Tensor | None, seed: int, round_index: int,
               progress: Callable[[int], object] = lambda n: None,
+              mean: Callable[[WeightedSum], State] = WeightedSum.mean,
               ) -> tuple[State, dict[int, State], list[dict]]:
     """One round: (new global state, new BatchNorm states of `bn="local"`, a record per client).
 
     `model` is working memory: a client starts by overwriting it with the global state. An update
     that is not finite is left out, loudly, and the weights are those of the rest; raises
-    FloatingPointError if none is left.
+    FloatingPointError if none is left. mean: under torchrun, over the sums of all processes.
     """
     records: list[dict] = []
     local_bn = dict(local_bn)
@@ -172,18 +151,19 @@ def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State],
             yield {k: v for k, v in state.items() if k not in bn_keys}, len(clients[client_id])
 
     try:
-        averaged = weighted_average(updates())
+        averaged = mean(weighted_sum(updates()))
     except ValueError:
         if not all(r["left_out"] for r in records):
             raise
         raise FloatingPointError(f"round {round_index}: no client's update is finite") from None
     new_state = global_state | averaged
     if bn == "recalibrate":
-        kept = [torch.from_numpy(clients[r["client"]]) for r in records if not r["left_out"]]
         device = next(model.parameters()).device
-        new_state = models.recalibrate(model, new_state, [
-            (len(k), (data.eval_batch(images, b, device) for b in data.batch_slices(k, EVAL_BATCH)))
-            for k in kept])
+        kept = [clients[r["client"]] for r in records if not r["left_out"]]
+        moments = mean(weighted_sum((models.batchnorm_moments(model, new_state, (
+            data.eval_batch(images, b, device)
+            for b in data.batch_slices(torch.from_numpy(k), EVAL_BATCH))), len(k)) for k in kept))
+        new_state |= models.pooled_batchnorm(new_state, moments)
     return new_state, local_bn, records
 
 

@@ -209,36 +209,40 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, state: State,
-                clients: list[tuple[int, Iterable[Tensor]]]) -> State:
-    """`state` with BatchNorm statistics measured anew: those of the averaged model itself.
+def batchnorm_moments(model: nn.Module, state: State, batches: Iterable[Tensor]) -> State:
+    """Mean and mean square of what each BatchNorm layer sees under `state`, float64.
 
-    clients: (n_k, batches of the client's own training images, unaugmented) each. Every client
-    forwards its batches (cumulative average); moments are pooled as μ = Σ w_k μ_k and
-    σ² = Σ w_k (σ_k² + μ_k²) - μ², w_k = n_k / Σ n. `model` is working memory.
+    `batches`: a client's own training images, unaugmented. They stand under the keys of
+    running_mean and running_var, cumulative over batches. `model` is working memory.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, BATCHNORM)}
     momenta = {name: layer.momentum for name, layer in layers.items()}
-    total = sum(n for n, _ in clients)
-    pooled = {f"{name}.{key}": torch.zeros_like(state[f"{name}.{key}"], dtype=torch.float64)
-              for name in layers for key in ("running_mean", "running_var")}
-    for num_examples, batches in clients:
-        model.load_state_dict(state)
-        model.eval()
-        for layer in layers.values():
-            layer.reset_running_stats()
-            layer.momentum = None  # cumulative average
-            layer.train()
-        for batch in batches:
-            model(batch)
-        for name, layer in layers.items():
-            mean, var = layer.running_mean.double(), layer.running_var.double()
-            pooled[f"{name}.running_mean"] += mean * num_examples / total
-            pooled[f"{name}.running_var"] += (var + mean.square()) * num_examples / total
+    model.load_state_dict(state)
+    model.eval()
+    for layer in layers.values():
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+        layer.train()
+    for batch in batches:
+        model(batch)
+    moments = {}
     for name, layer in layers.items():
         layer.momentum = momenta[name]
-        pooled[f"{name}.running_var"] -= pooled[f"{name}.running_mean"].square()
-    return state | {key: value.to(state[key].dtype) for key, value in pooled.items()}
+        mean = moments[f"{name}.running_mean"] = layer.running_mean.double()
+        moments[f"{name}.running_var"] = layer.running_var.double() + mean.square()
+    return moments
+
+
+def pooled_batchnorm(state: State, moments: State) -> State:
+    """The BatchNorm entries to replace in `state`: μ = Σ w_k μ_k, σ² = Σ w_k (σ_k² + μ_k²) - μ²,
+    where `moments` are the weighted means over clients of `batchnorm_moments`."""
+    pooled = {}
+    for key, mean in moments.items():
+        if key.endswith("running_mean"):
+            variance = key.removesuffix("mean") + "var"
+            pooled[key] = mean.to(state[key].dtype)
+            pooled[variance] = (moments[variance] - mean.square()).to(state[variance].dtype)
+    return pooled
 
 
 def check_size(model: nn.Module, size: int) -> None:

@@ -19,6 +19,7 @@ import data
 import evaluation
 import fedavg
 import models
+import recipes
 import runs
 import splits
 from checks import InputError, guard, integer, number, warn
@@ -108,7 +109,7 @@ def train_alone(args: argparse.Namespace, folder: Path, images: data.Images, spl
     if (folder / "results.json").exists():
         return
     device = next(model.parameters()).device
-    recipe = fedavg.make_recipe(args, device)
+    recipe = recipes.make_recipe(args, device)
     part = evaluation.Evaluation(model, images, split)
     weights = None if args.class_weights == "none" else fedavg.class_weights(
         images.labels.numpy()[split["train"]], len(images.classes), device)
@@ -195,7 +196,7 @@ def train_parts(args: argparse.Namespace, folder: Path, images: data.Images,
 
 def main(argv: list[str] | None = None) -> None:
     args = runs.parse(__doc__, (data.add_arguments, models.add_arguments, add_arguments,
-                                fedavg.add_arguments), defaults, argv)
+                                recipes.add_arguments), defaults, argv)
     images, several, model, device = prepare(args)
     folder = runs.begin(args, "central", images, device, argv)
     with runs.resumable(folder, "central"):

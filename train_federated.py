@@ -19,6 +19,7 @@ import data
 import evaluation
 import fedavg
 import models
+import recipes
 import report
 import runs
 import splits
@@ -120,9 +121,9 @@ def start_or_resume(folder: Path, images: data.Images, split: splits.Split,
 
 def main(argv: list[str] | None = None) -> None:
     args = runs.parse(__doc__, (data.add_arguments, data.add_client_arguments, models.add_arguments,
-                                add_arguments, fedavg.add_arguments), defaults, argv)
+                                add_arguments, recipes.add_arguments), defaults, argv)
     images, split, clients, model, device = prepare(args)
-    recipe = fedavg.make_recipe(args, device)
+    recipe = recipes.make_recipe(args, device)
     folder = runs.begin(args, "federated", images, device, argv)
     if args.seeds:
         compare.write(folder, runs.each(main, folder, "--seeds", args.seeds, "--seed"))

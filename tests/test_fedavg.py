@@ -1,6 +1,7 @@
 """Averaging, the local loop and the round, against hand-computed numbers and an oracle."""
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -92,6 +93,29 @@ def test_average_does_not_depend_on_order_or_on_who_is_first():
     expected = sum(s["w"].double() * n for s, n in states) / 111
     assert all(torch.equal(r, results[0]) for r in results)
     torch.testing.assert_close(results[0], expected.float(), rtol=0, atol=0)
+
+
+def test_sums_do_not_depend_on_grouping_even_where_float64_would():
+    """What processes hold of the sum may be merged in any way: nothing was rounded away."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((64, 500)) * 2.0 ** rng.integers(-30, 30, (64, 500))
+    values[1::2] = -values[::2] * (1 + 2.0**-20 * (rng.random((32, 500)) < 0.5))  # cancellation
+    sizes = rng.integers(1, 1000, 32).repeat(2).tolist()
+    updates = [({"w": torch.from_numpy(v).float(), "count": torch.tensor(i)}, n)
+               for i, (v, n) in enumerate(zip(values, sizes, strict=True))]
+    whole = weighted_average(updates)
+    naive = {sum((s["w"].double() * n for s, n in order), torch.zeros(500, dtype=torch.float64))
+             .numpy().tobytes() for order in (updates, updates[::-1])}
+    assert len(naive) == 2  # or the test would prove nothing
+    for cut in (1, 17, 32, 63):
+        parts = [fedavg.weighted_sum(updates[cut:]), fedavg.weighted_sum(updates[:cut])]
+        for key in ("w", "count"):
+            parts[0].add(key, parts[1].high[key], parts[1].low[key])
+        parts[0].num_examples += parts[1].num_examples
+        assert equal(parts[0].mean(), whole)
+    exact = [sum((Fraction(float(x)) * n for x, n in zip(column, sizes, strict=True)), Fraction())
+             / sum(sizes) for column in torch.stack([s["w"] for s, _ in updates], 1)[:20]]
+    assert whole["w"][:20].tolist() == [np.float32(float(x)) for x in exact]
 
 
 def test_average_of_running_variances_is_not_the_pooled_variance():

@@ -11,6 +11,7 @@ import data
 import fedavg
 import metrics
 import models
+import recipes
 import runs
 import train_central
 import train_federated
@@ -176,7 +177,7 @@ def test_the_last_fold_does_not_depend_on_those_before(folds_run, tree, tmp_path
     """Folds are runs of their own: trained alone, the third gives the same bytes."""
     out, _ = folds_run
     args = runs.parse("x", (data.add_arguments, models.add_arguments, train_central.add_arguments,
-                            fedavg.add_arguments), train_central.defaults,
+                            recipes.add_arguments), train_central.defaults,
                       ["--data", str(tree), *SMALL, *FOLDS])
     images, several, model, _ = train_central.prepare(args)
     (tmp_path / "fold3").mkdir()
@@ -300,7 +301,7 @@ def test_networks_in_turn_and_their_table(tree, tmp_path, capsys):
 def test_defaults_are_the_papers_and_the_demonstrations():
     def parse(*argv):
         return runs.parse("x", (data.add_arguments, models.add_arguments,
-                                train_central.add_arguments, fedavg.add_arguments),
+                                train_central.add_arguments, recipes.add_arguments),
                           train_central.defaults, list(argv))
     paper = parse("--data", "x")
     assert (paper.model, paper.folds, paper.epochs, paper.split, paper.inner_val, paper.lr,

@@ -16,6 +16,7 @@ import evaluation
 import fedavg
 import metrics
 import models
+import recipes
 import runs
 import train_federated
 
@@ -250,7 +251,7 @@ def test_all_updates_lost_stops_with_the_last_good_state(tree, tmp_path, capsys)
 
 def test_demonstration_defaults_yield_to_flags(tmp_path):
     groups = (data.add_arguments, data.add_client_arguments, models.add_arguments,
-              train_federated.add_arguments, fedavg.add_arguments)
+              train_federated.add_arguments, recipes.add_arguments)
 
     def parse(*argv):
         return runs.parse("x", groups, train_federated.defaults, list(argv))

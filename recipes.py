@@ -1,0 +1,57 @@
+"""How one client trains (Table 3 and section 3.4 of the paper): the flags, and what they mean."""
+
+import argparse
+from dataclasses import dataclass, fields
+
+import torch
+
+import data
+import models
+from augment import Augmentation
+from checks import integer, number
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one client trains (Table 3 and section 3.4 of the paper)."""
+    batch_size: int = 32
+    optimizer: str = "adamw"
+    weight_decay: float = 1e-4
+    momentum: float = 0.9  # SGD only
+    clip: float = 1.0  # global gradient norm, 0 = off
+    label_smoothing: float = 0.0
+    sampler: str = "shuffle"
+    expand: int = 1  # times each image is drawn per epoch
+    mu: float = 0.0  # FedProx
+    augmentation: Augmentation | None = None
+    amp_dtype: torch.dtype | None = None  # of autocast; None = float32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of local training, shared by both trainers."""
+    add = parser.add_argument_group("local training").add_argument
+    add("--batch-size", type=integer(1), default=32, help="images a step (default 32)")
+    add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw")
+    add("--lr", type=number(0, open_low=True), default=1e-4, help="default 1e-4; Adam's text: 1e-3")
+    add("--weight-decay", type=number(0), default=1e-4)
+    add("--momentum", type=number(0, 1), default=0.9, help="of --optimizer sgd")
+    add("--clip", type=number(0), default=1.0, help="global gradient norm, 0 = off (default 1)")
+    add("--class-weights", choices=("inverse", "none"), default="inverse", help="of eq. 3")
+    add("--label-smoothing", type=number(0, 1), default=0.0)
+    add("--sampler", choices=data.SAMPLERS, default="shuffle")
+    add("--expand", type=integer(1), default=1, help="draws of each image per epoch")
+    add("--translation", type=number(0, 1), default=0.0, help="share of the side (Table 3: 0.1)")
+    add("--no-augment", action="store_true", help="train on the images as they are")
+    add("--plateau", type=integer(0), default=5, help="patience of the rate's cut by 5; 0 = off")
+    add("--early-stop", type=integer(0), default=10, help="patience; 0 = off (default 10)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--seed", type=integer(0), default=0, help="of everything but split and partition")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+        help="auto: bf16 where the device computes it, on CUDA else fp16, else off")
+
+
+def make_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
+    """The recipe that the flags describe, precision resolved for `device`."""
+    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
+    ranges = None if args.no_augment else Augmentation(translation=args.translation)
+    return Recipe(**given, augmentation=ranges, amp_dtype=models.pick_precision(args.amp, device))
