@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,12 +29,8 @@ import splits
 import synthetic
 from augment import Augmentation, augment, draw_parameters
 from checks import InputError, guard, integer, make_parser, number, warn
+from files import CLASSES, decode, find_class_folders, find_files
 
-CLASSES = ("Benign", "Early", "Pre", "Pro")
-CLASS_NAMES = {"benign": "Benign", "early": "Early", "pre": "Pre", "pro": "Pro",
-               "[malignant] early pre-b": "Early", "[malignant] pre-b": "Pre",
-               "[malignant] pro-b": "Pro"}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # section 3.2.2
 SAMPLERS = ("shuffle", "balanced", "dual")
 
@@ -82,88 +78,24 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
 
 # ---- reading ----------------------------------------------------------------------------------
 
-def find_class_folders(root: Path) -> dict[str, Path]:
-    """Class name → folder, in class order. Steps into `Original` and single wrapping folders."""
-    if not root.is_dir():
-        raise InputError(f"--data {root}: no such folder")
-    while True:
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        original = [p for p in folders if p.name.lower() == "original"]
-        if original:
-            root = original[0]
-        elif len(folders) == 1 and any(p.is_dir() for p in folders[0].iterdir()):
-            root = folders[0]
-        else:
-            break
-    if not folders:
-        raise InputError(f"--data {root}: no class folder in it")
-    names = [CLASS_NAMES.get(p.name.lower()) for p in folders]
-    if None in names or len(set(names)) < len(names):
-        names = [p.name for p in folders]
-    if len(folders) == 1:
-        raise InputError(f"--data {root}: one class only ({names[0]}), nothing to tell apart")
-    return dict(sorted(zip(names, folders, strict=True)))
-
-
-def _walk_error(error: OSError) -> None:
-    raise error
-
-
-def find_files(folder: Path) -> tuple[list[Path], int]:
-    """Image files under `folder` in ImageFolder's order, and the number of files passed over."""
-    files, ignored = [], 0
-    for top, folders, names in sorted(os.walk(folder, onerror=_walk_error, followlinks=True)):
-        if any(part.startswith(".") for part in Path(top).relative_to(folder).parts):
-            ignored += len(names)
-            continue
-        for name in sorted(names):
-            if name.startswith(".") or Path(name).suffix.lower() not in SUFFIXES:
-                ignored += 1
-            else:
-                files.append(Path(top) / name)
-    return files, ignored
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB: upright (EXIF), 16-bit scaled, alpha laid over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined white")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def decode(path: Path, size: int) -> tuple[np.ndarray, str, tuple]:
-    """One file → uint8 [size, size, 3], pixel digest, (width, height, mode)."""
-    with Image.open(path) as image:
-        mode = image.mode
-        rgb = to_rgb(image)
-    digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-    small = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.BILINEAR)
-    return np.asarray(small), digest, (*rgb.size, mode)
-
-
-def read_folder(root: str, size: int, skip_bad: bool = False) -> Images:
+def read_folder(root: str, size: int, skip_bad: bool = False,
+                classes: list[str] | None = None) -> Images:
     """Decode every image under `root` once, in parallel. Pixels are resized to size × size.
 
+    classes: the fixed list of a federation, of which a site may lack some; default: those found.
     Raises InputError for a missing, empty or one-class folder and, naming all of them at once, for
     unreadable images; with `skip_bad` those are left out and listed in `bad`.
     """
-    folders = find_class_folders(Path(root))
-    base = Path(os.path.commonpath(folders.values()))
+    folders = find_class_folders(Path(root), classes)
+    names = list(classes or folders)
+    base = next(iter(folders.values())).parent
     files, labels, ignored = [], [], sum(p.is_file() for p in base.iterdir())
-    for label, (name, folder) in enumerate(folders.items()):
-        found, passed = find_files(folder)
+    for name, folder in folders.items():
+        label, (found, passed) = names.index(name), find_files(folder)
         if not found:
             raise InputError(f"--data: class folder {folder} has no image in it")
         files, labels, ignored = files + found, labels + [label] * len(found), ignored + passed
-    names = [path.relative_to(base).as_posix() for path in files]
+    paths = [path.relative_to(base).as_posix() for path in files]
     pixels = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
     digests, shapes, bad = [""] * len(files), Counter(), []
 
@@ -181,29 +113,30 @@ def read_folder(root: str, size: int, skip_bad: bool = False) -> Images:
                    unit="image", leave=False)
         for i, result in enumerate(bar):
             if isinstance(result, Exception):
-                bad.append((names[i], " ".join(str(result).replace(str(files[i]), "it").split())))
+                bad.append((paths[i], " ".join(str(result).replace(str(files[i]), "it").split())))
             else:
                 shapes[result] += 1
     if bad and not skip_bad:
         listed = "; ".join(f"{name} ({reason})" for name, reason in bad)
         raise InputError(f"{len(bad)} unreadable image(s), --skip-bad goes on without: {listed}")
     unreadable = {name for name, _ in bad}
-    keep = [i for i, name in enumerate(names) if name not in unreadable]
+    keep = [i for i, path in enumerate(paths) if path not in unreadable]
     if bad:
         pixels = pixels[keep]
     images = Images(pixels.permute(0, 3, 1, 2), torch.tensor([labels[i] for i in keep]),
-                    [names[i] for i in keep], list(folders), [digests[i] for i in keep],
+                    [paths[i] for i in keep], names, [digests[i] for i in keep],
                     Path(root).resolve().name, ignored, bad, shapes)
-    counts = torch.bincount(images.labels, minlength=len(folders))
-    if (counts == 0).any():
-        raise InputError(f"class {list(folders)[int(counts.argmin())]} has no readable image")
+    for name in folders:
+        if names.index(name) not in images.labels:
+            raise InputError(f"class {name} has no readable image")
     return images
 
 
 def load(args: argparse.Namespace) -> Images:
     """The data set that the flags name: --data DIR, or the synthetic smears."""
     if args.data is not None:
-        images = read_folder(args.data, args.image_size, args.skip_bad)
+        images = read_folder(args.data, args.image_size, args.skip_bad,
+                             getattr(args, "classes", None))
         if images.bad:
             warn(f"--skip-bad: {len(images.bad)} unreadable image(s) left out: "
                  + ", ".join(name for name, _ in images.bad))
@@ -261,7 +194,7 @@ def _check_parts(args: argparse.Namespace, images: Images, several: list[splits.
     """Every class must be in every training part; identical images across parts are told."""
     labels, twins, sizes = images.labels.numpy(), Counter(), Counter()
     for split in several:
-        absent = set(range(len(images.classes))) - set(labels[split["train"]].tolist())
+        absent = set(labels.tolist()) - set(labels[split["train"]].tolist())
         if absent:
             raise InputError(f"class {images.classes[min(absent)]} is too small for the "
                              f"{args.split} split: the training part has none of it")

@@ -32,6 +32,7 @@ import pictures
 import report
 import runs
 from checks import InputError, guard, integer, make_parser, number, warn
+from files import decode
 
 METHODS = ("gradient", "integrated-gradients", "grad-cam", "lime")
 STAGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the layers randomised; 0 = the head alone
@@ -108,7 +109,7 @@ def given(files: list[str], trained: inference.Trained) -> list[Subject]:
     subjects = []
     for name in files:
         try:
-            array, _, _ = data.decode(Path(name), trained.image_size)
+            array, _, _ = decode(Path(name), trained.image_size)
         except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
             raise InputError(f"--images {name}: {error}") from None
         pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)

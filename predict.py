@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import inference
 import metrics
 import models
 import report
 import runs
 from checks import InputError, guard, integer, make_parser, warn
+from files import CLASS_NAMES, decode, find_files
 
 MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
 
@@ -51,7 +51,7 @@ def find(paths: list[str]) -> list[tuple[Path, Path | None]]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            found += [(file, path) for file in data.find_files(path)[0]]
+            found += [(file, path) for file in find_files(path)[0]]
         elif path.exists():
             found.append((path, None))
         else:
@@ -64,7 +64,7 @@ def find(paths: list[str]) -> list[tuple[Path, Path | None]]:
 def read_map(path: str | None, classes: list[str]) -> dict[str, str]:
     """Folder name, in lower case → class: the run's own, the public layouts' names, or --map."""
     if path is None:
-        return {**{k: v for k, v in data.CLASS_NAMES.items() if v in classes},
+        return {**{k: v for k, v in CLASS_NAMES.items() if v in classes},
                 **{c.lower(): c for c in classes}}
     try:
         given = json.loads(Path(path).read_text("utf-8"))
@@ -115,7 +115,7 @@ def predict(trained: inference.Trained, files: list[Path],
 
     def read(i: int) -> torch.Tensor | None:
         try:
-            return torch.from_numpy(data.decode(files[i], trained.image_size)[0].copy())
+            return torch.from_numpy(decode(files[i], trained.image_size)[0].copy())
         except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
             bad[i] = " ".join(str(error).split())
             return None

@@ -13,10 +13,10 @@ from helpers import BASE, ROOT, SMALL, same_run, train, write_tree
 from PIL import Image
 
 import checks
-import data
 import models
 import train_central
 import train_federated
+from files import find_files
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_a_folder_that_may_not_be_read(place, monkeypatch):
         raise PermissionError(13, "Permission denied", str(folder))
     monkeypatch.setattr("os.scandir", refused)
     with pytest.raises(PermissionError):
-        data.find_files(place / "good" / "a")
+        find_files(place / "good" / "a")
 
 
 def test_skip_bad_goes_on_and_records(place, tmp_path, capsys):

@@ -15,6 +15,7 @@ import data
 import synthetic
 from augment import Augmentation
 from checks import InputError
+from files import CLASSES, decode
 
 ROOT = Path(data.__file__).parent
 
@@ -27,7 +28,7 @@ def gradient(size=24):
 
 def decoded(tmp_path, image, name="x.png", size=24, **save):
     image.save(tmp_path / name, **save)
-    return data.decode(tmp_path / name, size)[0].astype(int)
+    return decode(tmp_path / name, size)[0].astype(int)
 
 
 # ---- modes ------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def test_both_public_layouts_give_the_same_classes(tmp_path):
         "Benign": 2, "[Malignant] Pre-B": 2, "[Malignant] Pro-B": 1, "[Malignant] early Pre-B": 3})
     for root in (tmp_path / "a", first, tmp_path / "b"):
         images = data.read_folder(str(root), 20)
-        assert images.classes == list(data.CLASSES)
+        assert images.classes == list(CLASSES)
         assert images.labels.tolist() == [0, 0, 1, 1, 1, 2, 2, 3]
         assert images.name == root.name
 

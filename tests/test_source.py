@@ -57,7 +57,7 @@ def test_arrows_go_one_way():
     assert imports["models"] <= {"checks"}
     assert imports["metrics"] == set() and imports["augment"] == set()
     assert not imports["compare"] & {"fedavg", "evaluation", "train_central", "train_federated"}
-    assert imports["data"] <= {"checks", "splits", "synthetic", "augment"}
+    assert imports["data"] <= {"checks", "files", "splits", "synthetic", "augment"}
     assert imports["fedavg"] <= {"checks", "data", "models", "recipes"}
     assert "fedavg" not in imports["runs"] and not imports["runs"] & {"train_federated"}
     scripts = {"train_federated", "train_central", "explain", "audit", "predict", "compare"}

@@ -1,0 +1,97 @@
+"""Files on disk: which belong to which class, and one file as 8-bit RGB pixels."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from checks import InputError
+
+CLASSES = ("Benign", "Early", "Pre", "Pro")
+CLASS_NAMES = {"benign": "Benign", "early": "Early", "pre": "Pre", "pro": "Pro",
+               "[malignant] early pre-b": "Early", "[malignant] pre-b": "Pre",
+               "[malignant] pro-b": "Pro"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+
+
+def find_class_folders(root: Path, classes: list[str] | None = None) -> dict[str, Path]:
+    """Class name → folder, sorted. Steps into `Original` and single wrapping folders.
+
+    classes: the names of a federation; one site may lack some of them, and may hold no other.
+    Raises InputError for no folder, no class folder, one class only, or an unknown class.
+    """
+    if not root.is_dir():
+        raise InputError(f"--data {root}: no such folder")
+    while True:
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        original = [p for p in folders if p.name.lower() == "original"]
+        if original:
+            root = original[0]
+        elif (len(folders) == 1 and class_name(folders[0]) not in (classes or ())
+              and any(p.is_dir() for p in folders[0].iterdir())):
+            root = folders[0]
+        else:
+            break
+    if not folders:
+        raise InputError(f"--data {root}: no class folder in it")
+    names = [class_name(p) for p in folders]
+    if not set(names) <= set(classes or CLASSES) or len(set(names)) < len(names):
+        names = [p.name for p in folders]
+    unknown = sorted(set(names) - set(classes or names))
+    if unknown:
+        raise InputError(f"--data {root}: unknown class {unknown[0]}; the federation has "
+                         f"{', '.join(classes)}")
+    if len(folders) == 1 and classes is None:
+        raise InputError(f"--data {root}: one class only ({names[0]}), nothing to tell apart")
+    return dict(sorted(zip(names, folders, strict=True)))
+
+
+def class_name(folder: Path) -> str:
+    """The class that a folder of the public layouts names; else the folder's own name."""
+    return CLASS_NAMES.get(folder.name.lower(), folder.name)
+
+
+def _walk_error(error: OSError) -> None:
+    raise error
+
+
+def find_files(folder: Path) -> tuple[list[Path], int]:
+    """Image files under `folder` in ImageFolder's order, and the number of files passed over."""
+    files, ignored = [], 0
+    for top, folders, names in sorted(os.walk(folder, onerror=_walk_error, followlinks=True)):
+        if any(part.startswith(".") for part in Path(top).relative_to(folder).parts):
+            ignored += len(names)
+            continue
+        for name in sorted(names):
+            if name.startswith(".") or Path(name).suffix.lower() not in SUFFIXES:
+                ignored += 1
+            else:
+                files.append(Path(top) / name)
+    return files, ignored
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB: upright (EXIF), 16-bit scaled, alpha laid over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined white")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode(path: Path, size: int) -> tuple[np.ndarray, str, tuple]:
+    """One file → uint8 [size, size, 3], pixel digest, (width, height, mode)."""
+    with Image.open(path) as image:
+        mode = image.mode
+        rgb = to_rgb(image)
+    digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
+    small = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.BILINEAR)
+    return np.asarray(small), digest, (*rgb.size, mode)
