@@ -50,9 +50,13 @@ def number(low: float, high: float = math.inf, open_low: bool = False) -> Callab
     return parse
 
 
+quiet = False  # of a process of a torchrun job whose rank 0 says the same
+
+
 def warn(message: str) -> None:
     """Print one line on stderr, at once."""
-    print(message, file=sys.stderr, flush=True)
+    if not quiet:
+        print(message, file=sys.stderr, flush=True)
 
 
 def guard(main: Callable[[], None]) -> None:
@@ -67,5 +71,5 @@ def guard(main: Callable[[], None]) -> None:
         sys.exit(130)
     except (InputError, OSError) as error:
         name = sys.argv[0].rsplit("/", 1)[-1]
-        warn(f"{name}: error: {' '.join(str(error).split())}")
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -125,6 +125,43 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation,
     return results
 
 
+def finish_sites(team, folder: Path | None, args: argparse.Namespace, evaluation: Evaluation,
+                 checkpoint: dict) -> None:
+    """--site-data: each site measures best and last model on its own test part and writes its own
+    folder; rank 0 pools what may be pooled. `team`: distributed.Team."""
+    images, split, last = evaluation.images, evaluation.split, checkpoint["round"]
+    best = best_index(checkpoint["history"]) + 1
+    lead = models.read_file(folder / "model.pt") if folder else checkpoint
+    states = {"last": (last, checkpoint["state"]), "best": (best, team.share(lead["state"]))}
+    results = {"data": images.name, "synthetic": False, "fingerprint": images.fingerprint(),
+               "model": args.model}
+    own, pooled = dict(results), results | {"data": ", ".join(team.sites), "sites": team.sites}
+    for name, (round_index, state) in states.items():
+        logits = {part: evaluation.logits(part, state) for part in ("val", "test")}
+        own[name] = {"round": round_index,
+                     **{part: evaluation.measure(part, x) for part, x in logits.items()}}
+        pooled[name] = {"round": round_index,
+                        **{part: team.pool(evaluation, part, x) for part, x in logits.items()}}
+    own["colour_only"] = colour_only(images, split)
+    runs.write_predictions(team.folder, images, split, logits)
+    models.save(models.bundle(evaluation.model, state, args.model, images.classes, local_bn={},
+                              image_size=args.image_size, mean=data.IMAGENET_MEAN,
+                              std=data.IMAGENET_STD, round=best), team.folder / "model.pt")
+    report.plot_confusion(own["best"]["test"]["confusion"], images.classes,
+                          f"{team.sites[team.rank]}, test", team.folder / "confusion.png")
+    runs.write_json(team.folder / "results.json", own)
+    if folder is not None:
+        pooled |= budget(checkpoint["history"]) | {"colour_only": []}
+        report.plot_history(checkpoint["history"], best, folder / "history.png")
+        report.plot_confusion(pooled["best"]["test"]["confusion"], images.classes,
+                              "best model, test parts of all sites", folder / "confusion.png")
+        runs.write_text(folder / "report.md", report.sites_page(
+            folder, runs.read_json(folder / "run.json"), pooled))
+        runs.write_json(folder / "results.json", pooled)
+        report.print_sites(pooled)
+        print(f"report: {folder}/report.md")
+
+
 def budget(records: list[dict]) -> dict:
     """What training cost, over rounds, epochs or whole runs."""
     names = ("images", "images_seen"), ("steps", "optimizer_steps"), ("seconds", "seconds")

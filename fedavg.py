@@ -114,17 +114,18 @@ def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State],
               clients: list[np.ndarray], images: data.Images, recipe: Recipe, *, bn: str, lr: float,
               local_epochs: int, class_weights: Tensor | None, seed: int, round_index: int,
               progress: Callable[[int], object] = lambda n: None,
-              mean: Callable[[WeightedSum], State] = WeightedSum.mean,
+              mean: Callable[[WeightedSum, State], State] = lambda total, like: total.mean(),
               ) -> tuple[State, dict[int, State], list[dict]]:
     """One round: (new global state, new BatchNorm states of `bn="local"`, a record per client).
 
     `model` is working memory: a client starts by overwriting it with the global state. An update
     that is not finite is left out, loudly, and the weights are those of the rest; raises
-    FloatingPointError if none is left. mean: under torchrun, over the sums of all processes.
+    FloatingPointError if none is left. mean: under torchrun, over the sums of all processes, each
+    with entries as in a second state.
     """
     records: list[dict] = []
     local_bn = dict(local_bn)
-    bn_keys = set(models.batchnorm_keys(model)) if bn == "local" else set()
+    bn_keys = models.batchnorm_keys(model) if bn == "local" else []
 
     def updates() -> Iterable[tuple[State, int]]:
         for client_id in chosen:
@@ -151,7 +152,8 @@ def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State],
             yield {k: v for k, v in state.items() if k not in bn_keys}, len(clients[client_id])
 
     try:
-        averaged = mean(weighted_sum(updates()))
+        averaged = mean(weighted_sum(updates()),
+                        {k: v for k, v in global_state.items() if k not in bn_keys})
     except ValueError:
         if not all(r["left_out"] for r in records):
             raise
@@ -162,9 +164,10 @@ def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State],
         kept = [clients[r["client"]] for r in records if not r["left_out"]]
         moments = mean(weighted_sum((models.batchnorm_moments(model, new_state, (
             data.eval_batch(images, b, device)
-            for b in data.batch_slices(torch.from_numpy(k), EVAL_BATCH))), len(k)) for k in kept))
+            for b in data.batch_slices(torch.from_numpy(k), EVAL_BATCH))), len(k)) for k in kept),
+            {k: v.double() for k, v in new_state.items() if k in models.moment_keys(model)})
         new_state |= models.pooled_batchnorm(new_state, moments)
-    return new_state, local_bn, records
+    return new_state, dict(sorted(local_bn.items())), records
 
 
 # ---- the client -------------------------------------------------------------------------------

@@ -26,16 +26,31 @@ def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
     scikit-learn. `brier` is the sum over classes (0..2), `roc_auc` macro one-against-rest.
     """
     logits = np.asarray(logits, dtype=np.float64)
-    n, num_classes = logits.shape
     log_p = log_softmax(logits, axis=1)
     p = np.exp(log_p)
-    predicted = logits.argmax(1)
-    confusion = confusion_matrix(labels, predicted, num_classes)
+    loss = -log_p[np.arange(len(labels)), labels].mean()
+    figures = _measure(labels, logits.argmax(1), p, loss, classes)
+    figures["ece"] = calibration_error(p, labels)
+    figures["brier"] = _finite(((p - np.eye(len(classes))[labels]) ** 2).sum(1).mean())
+    return figures
+
+
+def measure_counts(confusion: np.ndarray, loss_sum: float, classes: list[str]) -> dict:
+    """The same of a confusion matrix [true, predicted] and a sum of losses, all that a hospital
+    sends; what needs every image's probabilities (AUC, calibration) is None."""
+    cells = np.indices(confusion.shape).reshape(2, -1).repeat(confusion.ravel(), axis=1)
+    figures = _measure(*cells, None, loss_sum / confusion.sum(), classes)
+    return figures | {"ece": None, "brier": None}
+
+
+def _measure(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None, loss: float,
+             classes: list[str]) -> dict:
+    n = len(labels)
+    confusion = confusion_matrix(labels, predicted, len(classes))
     per_class = per_class_metrics(confusion, p, labels, classes)
     present = np.flatnonzero(confusion.sum(1))
     support = confusion.sum(1)[present]
-    figures = {"n": n, "loss": _finite(-log_p[np.arange(n), labels].mean()),
-               "accuracy": wilson(int(np.trace(confusion)), n)}
+    figures = {"n": n, "loss": _finite(loss), "accuracy": wilson(int(np.trace(confusion)), n)}
     for kind, weights in (("macro", np.ones(len(present))), ("weighted", support)):
         for key in ("precision", "recall", "f1"):
             values = [per_class[classes[c]][key] or 0.0 for c in present]
@@ -43,12 +58,10 @@ def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
     figures["kappa"] = kappa(confusion)
     aucs = [per_class[name]["auc"] for name in classes if per_class[name]["auc"] is not None]
     figures["roc_auc"] = float(np.mean(aucs)) if aucs else None
-    figures["intervals"] = bootstrap(labels, predicted, p)
+    figures["intervals"] = bootstrap(labels, predicted, p, len(classes))
     figures["confusion"] = confusion.tolist()
     figures["per_class"] = per_class
     figures["malignant"] = malignant(confusion, classes)
-    figures["ece"] = calibration_error(p, labels)
-    figures["brier"] = _finite(((p - np.eye(num_classes)[labels]) ** 2).sum(1).mean())
     return figures
 
 
@@ -70,7 +83,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int
     return cells.reshape(num_classes, num_classes)
 
 
-def per_class_metrics(confusion: np.ndarray, p: np.ndarray, labels: np.ndarray,
+def per_class_metrics(confusion: np.ndarray, p: np.ndarray | None, labels: np.ndarray,
                       classes: list[str]) -> dict:
     """Precision, recall, specificity, F1, AUC (one against rest) and support by class name."""
     def ratio(a: int, b: int) -> float | None:
@@ -79,7 +92,7 @@ def per_class_metrics(confusion: np.ndarray, p: np.ndarray, labels: np.ndarray,
     for c, name in enumerate(classes):
         hit, row, column = confusion[c, c], confusion[c].sum(), confusion[:, c].sum()
         negatives = confusion.sum() - row
-        defined = 0 < row < confusion.sum() and np.isfinite(p).all()
+        defined = 0 < row < confusion.sum() and p is not None and np.isfinite(p).all()
         out[name] = {
             "precision": ratio(hit, column), "recall": ratio(hit, row),
             "specificity": ratio(negatives - (column - hit), negatives),
@@ -118,12 +131,13 @@ def calibration_error(p: np.ndarray, labels: np.ndarray) -> float | None:
     return _finite(sum(gaps) / len(labels))
 
 
-def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray, seed: int = 0) -> dict:
+def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None,
+              num_classes: int, seed: int = 0) -> dict:
     """Percentile 95 % intervals of macro F1, κ and macro AUC over resampled images.
 
     A resample without one of the classes present counts the rest; fixed seed, so repeatable.
     """
-    n, num_classes = p.shape
+    n = len(labels)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP)  # [R, n]
     cells = labels * num_classes + predicted
     matrices = (counts @ np.eye(num_classes**2)[cells]).reshape(-1, num_classes, num_classes)
@@ -133,7 +147,8 @@ def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray, seed: in
         f1 = np.where(rows > 0, 2 * hits / (rows + columns), np.nan)
         chance = (rows * columns).sum(1) / n**2
         kappas = (hits.sum(1) / n - chance) / (1 - chance)
-    aucs = np.stack([resampled_auc(counts, labels == c, p[:, c]) for c in range(num_classes)], 1)
+    aucs = np.full((1, 1), np.nan) if p is None else np.stack(
+        [resampled_auc(counts, labels == c, p[:, c]) for c in range(num_classes)], 1)
     return {name: _percentiles(values) for name, values in
             (("macro_f1", _row_means(f1)), ("kappa", kappas), ("roc_auc", _row_means(aucs)))}
 

@@ -149,6 +149,12 @@ def batchnorm_keys(model: nn.Module) -> list[str]:
             if isinstance(module, BATCHNORM) for key in module.state_dict()]
 
 
+def moment_keys(model: nn.Module) -> list[str]:
+    """Those of them that are running statistics."""
+    return [k for k in batchnorm_keys(model) if k.rpartition(".")[2] in ("running_mean",
+                                                                         "running_var")]
+
+
 def freeze(model: nn.Module, train_from: str | None = None, batchnorm: bool = False) -> None:
     """Switch off gradients of all parameters before module `train_from`, and of BatchNorm if asked.
 

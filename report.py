@@ -207,14 +207,28 @@ def print_pooled(results: dict) -> None:
         print_colour(results)
 
 
+CLIENTS = ["client", "n", "accuracy (95 %)", "macro F1"]
+
+
+def client_rows(figures: dict, names: list[str] | None = None) -> list[list]:
+    return [[name, 0, "–", "–"] if m is None else
+            [name, m["n"], show(m["accuracy"]), show(m["macro_f1"])]
+            for name, m in zip(names or range(len(figures["clients"])), figures["clients"],
+                               strict=True)]
+
+
 def client_table(figures: dict) -> str:
     """Each client on its own share, where there is no single global model (FedBN)."""
     if "clients" not in figures:
         return ""
-    rows = [[k, 0, "–", "–"] if m is None else [k, m["n"], show(m["accuracy"]), show(m["macro_f1"])]
-            for k, m in enumerate(figures["clients"])]
     return ("### Each client on its own share of the test part (own BatchNorm)\n\n"
-            + markdown(["client", "n", "accuracy (95 %)", "macro F1"], rows))
+            + markdown(CLIENTS, client_rows(figures)))
+
+
+def print_sites(results: dict) -> None:
+    """The tables at the end of a run over sites with their own data."""
+    print_table(SUMMARY, summary_rows(results))
+    print_table(["site", *CLIENTS[1:]], client_rows(results["best"]["test"], results["sites"]))
 
 
 MODEL_CARD = """## Model card
@@ -313,3 +327,22 @@ def pooled_page(folder: Path, run: dict, results: dict, twins: int) -> str:
                      colour_table(results)]
         colour = show(best_colour_row(results, "statistics")["test"])
     return "\n\n".join([*sections, tail(folder, run, twins, n, colour)])
+
+
+def sites_page(folder: Path, run: dict, results: dict) -> str:
+    """`report.md` of a run over sites with their own data: pooled counts, a row per site."""
+    settings = [[k, v] for k, v in run["arguments"].items() if v is not None and v is not False]
+    return "\n\n".join([
+        f"# {folder.name}",
+        (f"Sites: {', '.join(results['sites'])}. {results['images_seen']} training passes in "
+         f"{results['optimizer_steps']} optimiser steps, commit {run['git']}."),
+        "## Results", "Best = lowest validation loss pooled over sites, the earliest on ties.",
+        markdown(SUMMARY, summary_rows(results)),
+        "### Each site on its own test part (best model)",
+        markdown(["site", *CLIENTS[1:]], client_rows(results["best"]["test"], results["sites"])),
+        class_table(results["best"]["test"], "best model, test parts of all sites"),
+        ("Intervals assume independent images. Each site's predictions stay in its own folder; "
+         "what crossed between sites, and what that does not protect, stands in SECURITY.md. "
+         "Research and teaching only, not a medical device."),
+        "## Figures", *(f"![{p.stem}]({p.name})" for p in sorted(folder.glob("*.png"))),
+        "## Settings", markdown(["argument", "value"], settings)]) + "\n"

@@ -9,6 +9,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ from data import Images
 from models import read_file, write_whole
 from splits import Split
 
-UNRECORDED = ("resume", "out")  # arguments that say where, not what
+UNRECORDED = ("resume", "out", "timeout")  # arguments that say where, not what
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,7 @@ def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Names
         return argparse.Namespace(**again)
     parser.set_defaults(**defaults(args))
     args = parser.parse_args(argv)
-    if args.out is not None and Path(args.out).exists():
+    if args.out is not None and Path(args.out).exists() and "RANK" not in os.environ:
         raise InputError(f"--out {args.out}: exists already (--resume continues a run)")
     return args
 
@@ -131,7 +132,13 @@ def write_run(folder: Path, args: argparse.Namespace, script: str, images: Image
         "seed": args.seed, "synthetic": args.data is None, "data": images.name,
         "fingerprint": images.fingerprint(), "classes": images.classes,
         "images": len(images.paths), "ignored_files": images.ignored, "bad_files": images.bad,
-        "machine": machine(device), "git": git_commit()})
+        "machine": machine(device), "git": git_commit(), "launcher": launcher()})
+
+
+def launcher() -> str | None:
+    """The torchrun that started this process, the same after it restarts a job; None without."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    return job and f"{platform.node()} {os.getppid()} {job}"
 
 
 def machine(device: torch.device) -> dict:

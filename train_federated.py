@@ -4,10 +4,13 @@
     python train_federated.py                 # embedded synthetic smears, minutes on two cores
     python train_federated.py --local-only    # each hospital alone, the same budget
     python train_federated.py --resume runs/NAME
+    torchrun --nproc-per-node 2 train_federated.py ...      # clients over processes: distributed.py
 """
 
 import argparse
+import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -42,20 +45,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="BatchNorm under averaging; local = FedBN (default average)")
     add("--local-only", action="store_true",
         help="no averaging: each client alone for rounds x local epochs, on the common test part")
+    add = parser.add_argument_group("torchrun").add_argument
+    add("--timeout", type=number(0, open_low=True), default=1800.0,
+        help="seconds that a process waits for another (default 1800)")
+    add("--site-data", nargs="+", metavar="DIR", help="instead of --data: one client a process, "
+        "each reads its own folder; those of this machine's processes, in order")
+    add("--site-names", nargs="+", metavar="NAME", help="default: site0, site1, ...")
+    add("--classes", nargs="+", metavar="CLASS", help="of all sites (default: the four)")
+    add("--share-scores", action="store_true",
+        help="sites send the probabilities of their test images too, which AUC needs")
 
 
 def defaults(args: argparse.Namespace) -> dict:
-    return {} if args.data else DEMONSTRATION
+    return {} if args.data or args.site_data else DEMONSTRATION
 
 
 def print_round(record: dict, rounds: int) -> None:
     for c in record["clients"]:
         norm = "not finite, left out" if c["left_out"] else report.show(c["update_norm"], 3)
-        print(f"  client {c['client']}: {c['num_examples']} images, {c['steps']} steps, "
-              f"loss {report.show(c['loss'])}, accuracy {c['accuracy']:.3f}, update norm {norm}, "
-              f"skipped {c['skipped_steps']}")
+        name = c.get("site", f"client {c['client']}")
+        print(f"  {name}: {c['num_examples']} images, {c['steps']} steps, loss "
+              f"{report.show(c['loss'])}, accuracy {report.show(c['accuracy'], 3)}, update "
+              f"norm {norm}, skipped {report.show(c['skipped_steps'], 0)}")
     print(f"round {record['round']}/{rounds}: val loss {report.show(record['val_loss'])}, "
-          f"val accuracy {record['val_accuracy']:.4f}, lr {record['lr']:g}, "
+          f"val accuracy {report.show(record['val_accuracy'])}, lr {record['lr']:g}, "
           f"{record['images_per_second']:.1f} images/s", flush=True)
 
 
@@ -64,8 +77,9 @@ def make_record(round_index: int, lr: float, clients: list[dict], val: dict,
     """One line of history.jsonl. Training figures are pooled over the images of those averaged."""
     images = sum(c["images"] for c in clients)
     kept = [c for c in clients if not c["left_out"]]
-    pooled = {f"train_{key}": sum(c[key] * c["images"] for c in kept)
-              / sum(c["images"] for c in kept) for key in ("loss", "accuracy")}
+    pooled = {f"train_{key}": None if kept[0][key] is None else
+              sum(c[key] * c["images"] for c in kept) / sum(c["images"] for c in kept)
+              for key in ("loss", "accuracy")}  # sites with their own data keep their accuracy
     clients = [{key: None if isinstance(value, float) and not np.isfinite(value) else value
                 for key, value in c.items()} for c in clients]  # JSON has no NaN
     return {"round": round_index, "lr": lr, "val_loss": val["loss"],
@@ -74,8 +88,12 @@ def make_record(round_index: int, lr: float, clients: list[dict], val: dict,
             "seconds": seconds, "images_per_second": images / seconds}
 
 
-def prepare(args: argparse.Namespace) -> tuple:
-    """Images, split, clients and network that the flags describe, all checked before training."""
+def prepare(args: argparse.Namespace, team=None) -> tuple:
+    """Images, split, clients and network that the flags describe, all checked before training.
+    team: distributed.Team, under torchrun."""
+    if team is None and (args.site_data or args.site_names or args.classes or args.share_scores):
+        raise InputError("--site-data, --site-names, --classes and --share-scores need torchrun: "
+                         "one process a site")
     if args.data is None:
         warn(f"SYNTHETIC DATA: no --data given. Drawn smears, {args.model} at {args.image_size} "
              f"pixels, weights {args.weights}, batch {args.batch_size}, rate {args.lr:g}, "
@@ -86,11 +104,12 @@ def prepare(args: argparse.Namespace) -> tuple:
     device = models.pick_device(args.device)
     images = data.load(args)
     split = data.make_split(args, images)
-    clients = data.make_clients(args, images, split)
+    clients = (team.own_clients(split) if team and team.sites
+               else data.make_clients(args, images, split))
     model = models.build(args.model, len(images.classes), args.weights, args.seed, images.classes)
     models.check_size(model, args.image_size)
     models.freeze(model, args.train_from, batchnorm=args.bn == "freeze")
-    if min(map(len, clients)) == 1 and models.needs_batch(model):
+    if 1 in map(len, clients) and models.needs_batch(model):
         raise InputError("a client owns one image only, too few for BatchNorm: fewer clients, or "
                          "another --partition")
     return images, split, clients, model.to(device), device
@@ -119,12 +138,19 @@ def start_or_resume(folder: Path, images: data.Images, split: splits.Split,
     return checkpoint
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, team=None) -> None:
     args = runs.parse(__doc__, (data.add_arguments, data.add_client_arguments, models.add_arguments,
                                 add_arguments, recipes.add_arguments), defaults, argv)
-    images, split, clients, model, device = prepare(args)
-    recipe = recipes.make_recipe(args, device)
-    folder = runs.begin(args, "federated", images, device, argv)
+    if team:
+        team.join(args)
+    with team.agreement(args) if team else nullcontext({}) as facts:
+        images, split, clients, model, device = prepare(args, team)
+        recipe = recipes.make_recipe(args, device)
+        folder = None  # of rank 0: only it writes
+        if team is None or team.rank == 0:
+            folder = runs.begin(args, "federated", images, device, argv)
+        if team:
+            facts |= team.facts(images)
     if args.seeds:
         compare.write(folder, runs.each(main, folder, "--seeds", args.seeds, "--seed"))
         return
@@ -135,13 +161,20 @@ def main(argv: list[str] | None = None) -> None:
         if args.local_only:
             train_sites(args, folder, images, split, clients, model, argv)
             return
-        checkpoint = start_or_resume(folder, images, split, clients, model)
+        checkpoint = folder and start_or_resume(folder, images, split, clients, model)
+        labels, classes = images.labels.numpy(), images.classes
+        train_labels, run_round = labels[split["train"]], fedavg.run_round
+        if team and team.sites:
+            team.begin_site(args, images, split, argv)
+        if team:
+            checkpoint = team.begin(checkpoint, model, args.bn)
+            train_labels, run_round = team.all_labels(train_labels, len(classes)), team.run_round
         shares = None if args.bn != "local" else {
-            part: splits.deal_like(images.labels.numpy(), split[part], clients, args.split_seed)
+            part: splits.deal_like(labels, split[part], clients, args.split_seed)
             for part in ("val", "test")}
         parts = evaluation.Evaluation(model, images, split, shares)
         weights = None if args.class_weights == "none" else fedavg.class_weights(
-            images.labels.numpy()[split["train"]], len(images.classes), device)
+            train_labels, len(classes), device)
         state, history = models.moved(checkpoint["state"], device), checkpoint["history"]
         local_bn = {k: models.moved(s, device) for k, s in checkpoint["local_bn"].items()}
 
@@ -152,23 +185,33 @@ def main(argv: list[str] | None = None) -> None:
             began = time.perf_counter()
             chosen = fedavg.sample_clients(args.clients, args.fraction, args.seed, round_index)
             lr = fedavg.plateau_lr(evaluation.val_losses(history), args.lr, args.plateau)
-            total = args.local_epochs * args.expand * sum(len(clients[k]) for k in chosen)
+            mine = team.mine(chosen) if team else chosen
+            total = args.local_epochs * args.expand * sum(len(clients[k]) for k in mine)
             with tqdm(total=total, desc=f"round {round_index}/{args.rounds}", unit="image",
-                      disable=None, leave=False) as bar:
-                state, local_bn, records = fedavg.run_round(
+                      disable=None if folder else True, leave=False) as bar:
+                state, local_bn, records = run_round(
                     model, state, local_bn, chosen, clients, images, recipe, bn=args.bn, lr=lr,
                     local_epochs=args.local_epochs, class_weights=weights, seed=args.seed,
                     round_index=round_index, progress=bar.update)
             seconds = time.perf_counter() - began
-            val = parts.measure("val", parts.logits("val", state, local_bn))
+            val = (team.validate(parts, state, local_bn) if team else
+                   parts.measure("val", parts.logits("val", state, local_bn)))
             history.append(make_record(round_index, lr, records, val, seconds))
             print_round(history[-1], args.rounds)
             checkpoint = {"round": round_index, "state": models.moved(state, "cpu"),
                           "history": history, "local_bn": {k: models.moved(s, "cpu")
                                                            for k, s in local_bn.items()}}
-            evaluation.save_progress(folder, args, model, images.classes, checkpoint)
-        evaluation.finish(folder, args, parts, checkpoint, clients)
+            if folder:
+                evaluation.save_progress(folder, args, model, classes, checkpoint)
+        if team and team.sites:
+            evaluation.finish_sites(team, folder, args, parts, checkpoint)
+        elif folder:
+            evaluation.finish(folder, args, parts, checkpoint, clients)
 
 
 if __name__ == "__main__":
-    guard(main)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # one process of a torchrun job
+        import distributed
+        distributed.launch(main)
+    else:
+        guard(main)

@@ -158,7 +158,7 @@ def test_bootstrap_intervals_repeat_hold_the_value_and_match_a_plain_loop(monkey
         plain["kappa"].append(sk.cohen_kappa_score(labels[i], predicted[i]))
         plain["roc_auc"].append(sk.roc_auc_score(labels[i], p[i], multi_class="ovr"))
     monkeypatch.setattr(metrics, "BOOTSTRAP", 200)
-    short = metrics.bootstrap(labels, predicted, p)
+    short = metrics.bootstrap(labels, predicted, p, p.shape[1])
     fresh = np.random.default_rng(0).multinomial(200, np.full(200, 1 / 200), 200)
     assert np.array_equal(fresh, counts[:200])
     for key, values in plain.items():
