@@ -256,7 +256,8 @@ def verdict_table(found: dict) -> str:
                                "ρ after full randomisation", "Jaccard over seeds"], rows)
             + "\n\nFaithful: the interval of random − deletion area lies above 0 (the same cells, "
             "painted over in the order of the map or at random). Sensitive: the upper bound of the "
-            "rank correlation with the map of the untrained network is below 0.5.")
+            "rank correlation with the map of the untrained network is below 0.5 (0 where that "
+            "map is flat).")
 
 
 def write_table(out: Path, subjects: list[Subject], founds: list[dict], checks: list[dict | None],
