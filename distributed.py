@@ -216,7 +216,7 @@ class Team:
             parts.append(torch.empty_like(like, dtype=dtype, device=self.device).copy_(buffer))
         return parts
 
-    # ---- the run ----------------------------------------------------------------------------------
+    # ---- the run --------------------------------------------------------------------------------
 
     def owner(self, chosen: list[int], client_id: int) -> int:
         """The rank that trains a client: its own site, else dealt in turn."""

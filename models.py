@@ -9,6 +9,7 @@ As a script it prints the paper's Table 3 for any torchvision classifier:
 import argparse
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -291,7 +292,16 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def save(content: dict, path: Path) -> None:
     """Write a .pt file, whole or not at all."""
-    write_whole(path, lambda file: torch.save(content, file))
+    write_whole(path, lambda file: torch.save(_interned(content), file))
+
+
+def _interned(content: object) -> object:
+    """Equal keys as one object: pickle writes a repeated object shorter, so that the bytes would
+    tell which process, or resumption, a key came from."""
+    if not isinstance(content, dict):
+        return content
+    return {sys.intern(key) if isinstance(key, str) else key: _interned(value)
+            for key, value in content.items()}
 
 
 def table(model: nn.Module, size: int) -> list[tuple[str, str, int, int]]:

@@ -31,3 +31,16 @@ def test_latency_prints_one_json_object_last(capsys, monkeypatch):
     assert all(v > 0 for v in out.values())
     assert out["speedup_batch32"] == pytest.approx(
         out["plain_ms_batch32"] / out["ours_ms_batch32"], rel=0.02)
+
+
+def test_scaling_prints_one_json_object_last_and_draws(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--model", "shufflenet_v2_x0_5", "--image-size",
+                                     "16", "--clients", "2", "4", "--rounds", "2", "--blocks", "1",
+                                     "--figure", str(tmp_path / "scaling.png")])
+    runpy.run_path(str(FOLDER / "scaling.py"), run_name="__main__")
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(out) == ["speedup", "memory_most_over_fewest_clients", "sent_mb_a_round"]
+    assert all(v > 0 for group in out.values() for v in group.values())
+    sent = out["sent_mb_a_round"]
+    assert sent["4"] == pytest.approx(sent["2"], rel=0.01)  # one model, whatever the clients
+    assert (tmp_path / "scaling.png").stat().st_size > 1000

@@ -1,0 +1,350 @@
+"""torchrun: the same bytes for any number of processes; what leaves a site; what a kill leaves."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import BASE, ROOT, equal, same_run, script, write_tree
+
+import models
+
+ONE = {"OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+SITE = [x for x in BASE if x not in ("--rounds", "3")] + ["--rounds", "2"]
+
+
+def torchrun(count, *arguments, launch=(), **options):
+    command = [*TORCHRUN, "--nproc-per-node", str(count), *launch, str(ROOT / "train_federated.py"),
+               *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False,
+                          env=os.environ | ONE, **options)
+
+
+def ours(text):
+    """Our own lines among torchrun's on stderr."""
+    return [x for x in text.splitlines() if x.startswith("train_federated.py:")]
+
+
+def ranks(count, arguments, users=None, program=None):
+    """The processes of a job without torchrun, each with arguments (and a user) of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = []
+    for rank in range(count):
+        env = os.environ | ONE | {
+            "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOME": "/nonexistent",
+            "MPLCONFIGDIR": str(arguments[rank][-1]) + "-matplotlib"}
+        command = [sys.executable, *(program or [ROOT / "train_federated.py"]), *arguments[rank]]
+        out.append(subprocess.Popen(
+            list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, cwd="/", **({"user": users[rank], "group": users[rank]} if users else {})))
+    return [(*p.communicate(timeout=300), p.returncode) for p in out]
+
+
+@pytest.fixture(scope="module")
+def alone(tree, tmp_path_factory):
+    """One process of one thread, by the flags that make order and state matter."""
+    runs = {}
+
+    def get(*flags):
+        if flags not in runs:
+            out = tmp_path_factory.mktemp("alone") / "run"
+            done = script("--data", tree, *BASE, *flags, "--out", out, env=os.environ | ONE)
+            assert done.returncode == 0, done.stderr
+            runs[flags] = out
+        return runs[flags]
+    return get
+
+
+HARD = ("--partition", "dirichlet", "--fraction", "0.5", "--clients", "5", "--optimizer", "sgd")
+
+
+@pytest.mark.parametrize(("count", "flags"), [
+    (2, HARD), (3, (*HARD, "--bn", "local")), (3, ("--clients", "2", "--bn", "recalibrate"))])
+def test_any_number_of_processes_gives_the_bytes_of_one(tree, alone, tmp_path, count, flags):
+    """Three processes for two clients too: one of them never has work."""
+    out = tmp_path / "run"
+    done = torchrun(count, "--data", tree, *BASE, *flags, "--out", out)
+    assert done.returncode == 0, done.stderr
+    one = alone(*flags)
+    assert same_run(one, out)
+    assert (one / "model.pt").read_bytes() == (out / "model.pt").read_bytes()
+    drop = ("seconds",)
+    results = [{k: v for k, v in json.loads((f / "results.json").read_text()).items()
+                if k not in drop} for f in (one, out)]
+    assert results[0] == results[1]
+    assert done.stdout.count("round 1/3") == 1 and ours(done.stderr) == []  # rank 0 alone speaks
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in out.iterdir())
+
+
+def test_one_process_imports_and_starts_nothing_of_it():
+    code = ("import sys, train_federated, torch; "
+            "assert 'distributed' not in sys.modules; "
+            "assert not torch.distributed.is_initialized()")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    source = (ROOT / "train_federated.py").read_text()
+    assert source.count("import distributed") == 1  # behind the test for torchrun's variables
+    assert "        import distributed\n" in source
+
+
+# ---- faults -----------------------------------------------------------------------------------
+
+def rank_processes(rank, word):
+    """Living processes of a job with `word` in their command line, by RANK."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                inside = (folder / "environ").read_bytes().split(b"\0")
+                command = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if f"RANK={rank}".encode() in inside and word.encode() in command:
+                found.append(int(folder.name))
+    return found
+
+
+def kill_after_first_round(tree, out, rank, *launch):
+    """A job whose process `rank` is killed in round 2; (stderr, exit code, seconds to the end)."""
+    command = [*TORCHRUN, "--nproc-per-node", "2", *launch, str(ROOT / "train_federated.py"),
+               "--data", str(tree), *BASE, "--local-epochs", "6", "--out", str(out)]
+    with subprocess.Popen(command, env=os.environ | ONE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as job:
+        deadline = time.monotonic() + 120
+        while not (out / "history.jsonl").exists() or not (out / "history.jsonl").stat().st_size:
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.05)
+        victims = rank_processes(rank, str(out))
+        assert len(victims) == 1
+        os.kill(victims[0], signal.SIGKILL)
+        _, errors = job.communicate(timeout=240)
+    assert not rank_processes(0, str(out)) and not rank_processes(1, str(out))  # no orphan
+    return errors, job.returncode
+
+
+def test_a_killed_process_ends_the_job_with_one_line_and_it_resumes(tree, alone, tmp_path):
+    out = tmp_path / "run"
+    errors, code = kill_after_first_round(tree, out, 1)
+    assert code != 0 and len(ours(errors)) == 1 and "--resume" in ours(errors)[0], errors
+    assert not (out / "results.json").exists()
+    done = torchrun(2, "--resume", out)
+    assert done.returncode == 0, done.stderr
+    assert same_run(alone("--local-epochs", "6"), out)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_elastic_restart_continues_its_own_folder_to_the_same_bytes(tree, alone, tmp_path, rank):
+    out = tmp_path / "run"
+    errors, code = kill_after_first_round(tree, out, rank, "--max-restarts", "1")
+    assert code == 0 and len(ours(errors)) == 1, errors
+    assert same_run(alone("--local-epochs", "6"), out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize(("other", "named"), [
+    (["--lr", "0.02"], "--lr"), (["--batch-size", "4"], "--batch-size")])
+def test_processes_that_differ_stop_before_training_and_name_it(tree, tmp_path, other, named):
+    base = ["--data", tree, *BASE, "--out", tmp_path / "run"]
+    results = ranks(2, [base, [*base[:-2], *other, *base[-2:]]])
+    assert [code for _, _, code in results] == [2, 2]
+    lines = [x for _, errors, _ in results for x in ours(errors)]
+    assert len(lines) == 1 and f"{named} of rank 1 differs" in lines[0], lines
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_other_data_or_code_is_named(tree, tmp_path):
+    other = write_tree(tmp_path / "other", {"Benign": 22, "Early": 26, "Pre": 24}, seed=5)
+    out = tmp_path / "run"
+    results = ranks(2, [["--data", d, *BASE, "--out", out] for d in (tree, other)])
+    assert "the data of rank 1 differs" in results[0][1] and results[1][1] == ""
+    changed = tmp_path / "code"
+    changed.mkdir()
+    for file in ROOT.glob("*.py"):
+        (changed / file.name).write_text(file.read_text() + "# changed\n")
+    out = tmp_path / "again"
+    code = ("import os, runpy, sys; root = sys.argv[1 + int(os.environ['RANK'])]; "
+            "sys.path.insert(0, root); sys.argv = [root + '/train_federated.py', *sys.argv[3:]]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    program = ["-c", code, ROOT, changed]
+    results = ranks(2, [["--data", tree, *BASE, "--out", out]] * 2, program=program)
+    assert "code of rank 1 differs" in results[0][1], results
+
+
+def test_one_process_flags_are_refused_under_torchrun_and_the_other_way(tree, tmp_path):
+    done = torchrun(2, "--data", tree, *BASE, "--local-only", "--out", tmp_path / "x")
+    assert ours(done.stderr) and all("--local-only" in x for x in ours(done.stderr))
+    alone = script("--site-data", tree, *BASE, "--out", tmp_path / "x")
+    assert alone.returncode == 2 and "torchrun" in alone.stderr
+    assert not (tmp_path / "x").exists()
+
+
+# ---- sites with their own data ----------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sites")
+    os.chmod(root.parent, 0o755)
+    os.chmod(root, 0o755)
+    write_tree(root / "A", {"Benign": 12, "Early": 16, "Pre": 14, "Pro": 10}, seed=1)
+    write_tree(root / "B", {"Benign": 15, "Pro": 11}, seed=2)  # lacks two classes
+    write_tree(root / "C", {"Benign": 8, "Foo": 9}, seed=3)
+    return root
+
+
+RECORDER = """
+import json, os, sys
+import torch, torch.distributed as dist
+sys.path.insert(0, sys.argv.pop(1))
+place, seen = sys.argv[-1] + '-payloads.json', []
+for name in dir(dist):
+    function = getattr(dist, name)
+    if callable(function) and any(x in name for x in ('reduce', 'gather', 'scatter', 'broadcast',
+                                                      'send', 'recv', 'all_to_all', 'object')):
+        if isinstance(function, type) or name.startswith('_'):
+            continue
+        def wrapped(*a, original=function, name=name, **k):
+            sends = name not in ('recv', 'irecv') and not (name == 'broadcast' and a[1] != RANK)
+            if sends:
+                seen.append([name, str(a[0].dtype), list(a[0].shape), a[0].flatten()[:64].tolist()])
+            return original(*a, **k)
+        setattr(dist, name, wrapped)
+RANK = int(os.environ['RANK'])
+import train_federated, distributed
+team = []
+class Team(distributed.Team):
+    def __init__(self):
+        super().__init__()
+        team.append(self)
+distributed.Team = Team
+sys.argv[0] = 'train_federated.py'
+distributed.launch(train_federated.main)
+json.dump({'seen': seen, 'sent': team[0].sent}, open(place, 'w'))
+"""
+
+
+@pytest.fixture(scope="module")
+def site_run(sites, tmp_path_factory):
+    """Two sites as users of their own, each with its own folder and output, every payload kept."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to run as two other users")
+    root = tmp_path_factory.mktemp("out")
+    os.chmod(root, 0o755)
+    users = (54321, 54322)
+    outs = []
+    for user, name in zip(users, "AB", strict=True):
+        for path in (sites / name, *(sites / name).rglob("*")):
+            os.chown(path, user, user)
+        os.chmod(sites / name, 0o700)
+        (root / name).mkdir()
+        os.chown(root / name, user, user)
+        outs.append(root / name / "run")
+    results = ranks(2, [[*SITE, "--site-data", sites / name, "--site-names", "North", "South",
+                         "--out", out] for name, out in zip("AB", outs, strict=True)],
+                    users, ["-c", RECORDER, ROOT])
+    assert [code for _, _, code in results] == [0, 0], results
+    other = subprocess.run(["ls", sites / "B"], user=users[0], capture_output=True, check=False)
+    assert other.returncode != 0  # the folders are closed to each other indeed
+    return results, outs
+
+
+def test_sites_keep_their_images_splits_and_predictions(site_run):
+    results, (north, south) = site_run
+    assert "North: 42 images" in results[0][0] and "South: 22 images" in results[0][0]
+    assert results[1][0] == ""  # rank 0 alone prints
+    a = (north / "North" / "predictions.csv").read_text()
+    b = (south / "South" / "predictions.csv").read_text()
+    assert len(a.splitlines()) == 1 + 10 and len(b.splitlines()) == 1 + 4
+    assert not (south / "North").exists() and not (north / "South").exists()
+    pooled = json.loads((north / "results.json").read_text())
+    own = [json.loads((f / n / "results.json").read_text())
+           for f, n in ((north, "North"), (south, "South"))]
+    confusion = sum(np.array(x["best"]["test"]["confusion"]) for x in own)
+    assert np.array_equal(pooled["best"]["test"]["confusion"], confusion)
+    assert pooled["best"]["test"]["n"] == 7 and pooled["best"]["test"]["roc_auc"] is None
+    assert [c["n"] for c in pooled["best"]["test"]["clients"]] == [5, 2]
+    loss = sum(x["best"]["val"]["loss"] * x["best"]["val"]["n"] for x in own) / 7
+    assert pooled["best"]["val"]["loss"] == pytest.approx(loss, rel=1e-12)
+    assert "North" in (north / "report.md").read_text()
+    assert equal(models.read_file(north / "model.pt")["state"],
+                 models.read_file(south / "South" / "model.pt")["state"])
+
+
+def test_every_payload_is_on_the_list(site_run):
+    """All that both processes handed to torch.distributed, one by one, in order."""
+    _, outs = site_run
+    state = models.read_file(outs[0] / "model.pt")["state"]
+    shapes = [list(v.shape) for v in state.values()]
+    kinds = {torch.float32: "torch.float32", torch.int64: "torch.int64"}
+    whole = [("broadcast", kinds[v.dtype], s) for v, s in zip(state.values(), shapes, strict=True)]
+    sums = [("send", "torch.float64" if v.is_floating_point() else "torch.int64", s)
+            for v, s in zip(state.values(), shapes, strict=True)
+            for _ in range(2 if v.is_floating_point() else 1)]  # high and low of the exact sum
+
+    def table(width):
+        return ("all_reduce", "torch.float64", [2, width])
+    with open(str(outs[1]) + "-payloads.json", encoding="utf-8") as file:
+        south = json.load(file)
+    with open(str(outs[0]) + "-payloads.json", encoding="utf-8") as file:
+        north = json.load(file)
+    fingerprints = [table(3), south["seen"][1]]
+    width = fingerprints[1][2][1]
+    evaluation = [table(1), table(1), table(16)]  # n, loss sum, confusion
+    one_round = [table(1), table(1), table(1), *evaluation]  # n, loss sum, n kept; validation
+    common = [table(3), table(width), table(4), table(2)]  # digests, class counts, where it stands
+    expected = {
+        "south": [*common, *([("send", "torch.int64", [1]), *sums, *one_round] * 2),
+                  *(evaluation * 4)],
+        "north": [*common, ("broadcast", "torch.float64", [0]), *whole,
+                  *([("broadcast", "torch.int64", [1]), *whole, *one_round] * 2), *whole,
+                  *(evaluation * 4)]}
+    for name, record in (("south", south), ("north", north)):
+        assert [(a, b, c) for a, b, c, _ in record["seen"]] == expected[name], name
+        assert set(record["sent"]) <= {"state", "n", "class counts", "confusion", "loss sums",
+                                       "fingerprint"}
+    assert south["seen"][2][3] == [0, 0, 0, 0, 13, 0, 0, 9]  # its own class counts, row 1
+    digests = np.array(north["seen"][1][3]).reshape(2, -1)[0]
+    assert (digests >= 2**20).mean() > 0.9  # hashes: no argument crosses as it is
+
+
+def test_scores_cross_on_request_and_give_the_auc(sites, tmp_path):
+    out = tmp_path / "run"
+    done = torchrun(2, *SITE, "--site-data", sites / "A", sites / "B", "--share-scores",
+                    "--out", out)
+    assert done.returncode == 0, done.stderr
+    pooled = json.loads((out / "results.json").read_text())
+    assert 0 <= pooled["best"]["test"]["roc_auc"] <= 1
+    assert pooled["best"]["val"]["roc_auc"] is None  # of test images only
+
+
+def test_a_site_with_an_unknown_class_is_refused_and_named(sites, tmp_path):
+    done = torchrun(2, *SITE, "--site-data", sites / "A", sites / "C", "--site-names", "North",
+                    "Third", "--out", tmp_path / "run")
+    lines = ours(done.stderr)
+    assert done.returncode != 0 and any("Third" in x and "Foo" in x for x in lines), done.stderr
+    assert "Traceback" not in "".join(x for x in lines)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_sites_resume_to_the_same_bytes(sites, tmp_path):
+    def train(*arguments):
+        done = torchrun(2, *arguments)
+        assert done.returncode == 0, done.stderr
+    flags = [*SITE, "--site-data", sites / "A", sites / "B"]
+    train(*flags, "--out", tmp_path / "whole")
+    train(*flags, "--rounds", "1", "--out", tmp_path / "cut")
+    run = json.loads((tmp_path / "cut" / "run.json").read_text())  # as if killed in round 2
+    run["arguments"]["rounds"] = 2
+    (tmp_path / "cut" / "run.json").write_text(json.dumps(run))
+    train("--resume", tmp_path / "cut")
+    for name in ("model.pt", "site0/predictions.csv", "site1/predictions.csv", "site1/model.pt"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
