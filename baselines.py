@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
@@ -40,16 +40,21 @@ def colour_features(images: Images) -> dict[tuple[str, str], np.ndarray]:
             (("means", "included"), ("statistics", "included"), ("statistics", "cut"))}
 
 
+def make_classifier(kind: str) -> Pipeline:
+    """`1-nn`, or `rbf-svm` with C = 10 and gamma "scale"; features standardised where fitted."""
+    return make_pipeline(StandardScaler(),
+                         KNeighborsClassifier(1) if kind == "1-nn" else SVC(C=10))
+
+
 def colour_only(images: Images, split: Split) -> list[dict]:
     """Accuracy with Wilson interval on validation and test, a row per statistics and classifier.
 
-    Fitted on the training part, features standardised there; RBF SVM with C = 10, gamma "scale".
+    Fitted on the training part.
     """
     labels, rows = images.labels.numpy(), []
     for (kind, strip), x in colour_features(images).items():
-        for name, classifier in (("1-nn", KNeighborsClassifier(1)), ("rbf-svm", SVC(C=10))):
-            fitted = make_pipeline(StandardScaler(), classifier)
-            fitted.fit(x[split["train"]], labels[split["train"]])
+        for name in ("1-nn", "rbf-svm"):
+            fitted = make_classifier(name).fit(x[split["train"]], labels[split["train"]])
             row = {"features": kind, "strip": strip, "classifier": name}
             for part in ("val", "test"):
                 indices = split[part]

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import interventions
 import splits
 import synthetic
 from augment import Augmentation, augment, draw_parameters
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="DIR", help="one folder per class; without it: synthetic smears")
     add("--image-size", type=integer(8), default=224, help="side in pixels (default 224)")
     add("--skip-bad", action="store_true", help="go on without unreadable images, and record which")
+    interventions.add_arguments(parser)
     add = parser.add_argument_group("split").add_argument
     add("--split", choices=splits.SPLITS, default="random", help="default: random 80/10/10")
     add("--split-seed", type=integer(0), default=42, help="seed of split and partition")
@@ -133,7 +135,16 @@ def read_folder(root: str, size: int, skip_bad: bool = False,
 
 
 def load(args: argparse.Namespace) -> Images:
-    """The data set that the flags name: --data DIR, or the synthetic smears."""
+    """The data set that the flags name: --data DIR, or the synthetic smears; after interventions.
+
+    Digests, and so the fingerprint, are those of the images before them.
+    """
+    images = _read(args)
+    images.pixels = interventions.apply(images.pixels, interventions.chosen(args))
+    return images
+
+
+def _read(args: argparse.Namespace) -> Images:
     if args.data is not None:
         images = read_folder(args.data, args.image_size, args.skip_bad,
                              getattr(args, "classes", None))

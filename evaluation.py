@@ -12,6 +12,7 @@ import torch
 
 import data
 import fedavg
+import interventions
 import metrics
 import models
 import report
@@ -85,7 +86,8 @@ def save_progress(folder: Path, args: argparse.Namespace, model: torch.nn.Module
         models.save(models.bundle(
             model, checkpoint["state"], args.model, classes, local_bn=checkpoint["local_bn"],
             image_size=args.image_size, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD,
-            **{unit: checkpoint[unit]}), folder / "model.pt")
+            interventions=interventions.chosen(args), **{unit: checkpoint[unit]}),
+            folder / "model.pt")
     runs.append_history(folder, history[-1])
     models.save(checkpoint, folder / "last.pt")
 
@@ -146,7 +148,8 @@ def finish_sites(team, folder: Path | None, args: argparse.Namespace, evaluation
     runs.write_predictions(team.folder, images, split, logits)
     models.save(models.bundle(evaluation.model, state, args.model, images.classes, local_bn={},
                               image_size=args.image_size, mean=data.IMAGENET_MEAN,
-                              std=data.IMAGENET_STD, round=best), team.folder / "model.pt")
+                              std=data.IMAGENET_STD, round=best,
+                              interventions=interventions.chosen(args)), team.folder / "model.pt")
     report.plot_confusion(own["best"]["test"]["confusion"], images.classes,
                           f"{team.sites[team.rank]}, test", team.folder / "confusion.png")
     runs.write_json(team.folder / "results.json", own)

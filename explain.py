@@ -26,6 +26,7 @@ import attribution
 import data
 import faithfulness
 import inference
+import interventions
 import metrics
 import models
 import pictures
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=integer(1), default=32, help="of integrated gradients (default 32)")
     add("--samples", type=integer(10), default=1000, help="of LIME (default 1000)")
     add("--lime-seeds", type=integer(2), default=3, help="LIME repeats for stability (default 3)")
-    add("--rectangle", type=number(0, 1), nargs=4, default=(0.7, 0.85, 1.0, 1.0),
+    add("--rectangle", type=number(0, 1), nargs=4, default=interventions.CORNER,
         metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help="in shares of the side; default: the "
         "lower right corner, where the scale bar is burnt in")
     add = parser.add_argument_group("machine").add_argument
@@ -113,6 +114,7 @@ def given(files: list[str], trained: inference.Trained) -> list[Subject]:
         except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
             raise InputError(f"--images {name}: {error}") from None
         pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)
+        pixels = interventions.apply(pixels[None], trained.interventions)[0]
         p = inference.probabilities(trained, pixels[None])[0].numpy()
         subjects.append(Subject(name, pixels, None, p, "given"))
     return subjects

@@ -5,7 +5,7 @@ the convolutions (torch.fx) and computes in bf16 where the device does so native
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ class Trained:
     image_size: int
     device: torch.device
     dtype: torch.dtype = torch.float32
+    interventions: tuple[str, ...] = ()  # that its pixels were trained with
 
 
 def load(folder: Path, device: torch.device, client: int | None = None) -> Trained:
@@ -49,7 +50,8 @@ def load(folder: Path, device: torch.device, client: int | None = None) -> Train
     model = models.build(content["model"], len(content["classes"]))
     model.load_state_dict(content["state"] | local_bn.get(client, {}))
     return Trained(model.to(device).eval(), content["model"], content["classes"],
-                   content["image_size"], device)
+                   content["image_size"], device,
+                   interventions=tuple(content.get("interventions", ())))
 
 
 def fast(trained: Trained) -> Trained:
@@ -57,7 +59,7 @@ def fast(trained: Trained) -> Trained:
     dtype = models.pick_precision("auto", trained.device) or torch.float32
     folded = optimization.fuse(copy.deepcopy(trained.model)).eval()
     folded = folded.to(trained.device, dtype, memory_format=torch.channels_last)
-    return Trained(folded, trained.name, trained.classes, trained.image_size, trained.device, dtype)
+    return replace(trained, model=folded, dtype=dtype)
 
 
 @torch.inference_mode()

@@ -1,9 +1,11 @@
-"""The paper's Fig. 5 and Fig. 6 as PNG grids: image, map, overlay; LIME for and against."""
+"""Grids of images as PNG: the paper's Fig. 5 and Fig. 6, near duplicates, interventions."""
 
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+import interventions
 
 ROWS = 8  # of one page
 
@@ -93,3 +95,27 @@ def write(out: Path, subjects: list, founds: list[dict], classes: list[str],
         two.setdefault(name == "Benign", (s, s.targets()[0], found["segments"],
                                           found["lime"][0][s.targets()[0]]))
     plot_lime([two[key] for key in sorted(two)], classes, out / "lime-for-and-against.png")
+
+
+def plot_pairs(images, pairs: list, path: Path, count: int = 6) -> None:
+    """Some near duplicates side by side, evenly spaced by correlation. Local use only."""
+    chosen = sorted(pairs, key=lambda p: p.correlation)[::max(1, len(pairs) // count)][:count]
+    figure, axes = _grid(max(len(chosen), 1), 2, ["image", "partner"])
+    for row, pair in zip(axes, chosen, strict=False):
+        for axis, i in zip(row, (pair.i, pair.j), strict=True):
+            axis.imshow(images.pixels[i].permute(1, 2, 0).cpu().numpy())
+        _name_row(row[0], f"{images.paths[pair.i]}\n{images.paths[pair.j]}\noverlap "
+                  f"{pair.overlap:.2f}, r {pair.correlation:.2f}, shift {pair.shift}")
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def plot_interventions(images, path: Path) -> None:
+    """The first image of each class before and after each intervention. Local use only."""
+    columns = {"as read": [], "--mask-corner": ["mask_corner"], "--grey-world": ["grey_world"]}
+    figure, axes = _grid(len(images.classes), len(columns), list(columns))
+    for c, row in enumerate(axes):
+        first = images.pixels[int((images.labels == c).nonzero()[0])][None].cpu()
+        for axis, names in zip(row, columns.values(), strict=True):
+            axis.imshow(interventions.apply(first, names)[0].permute(1, 2, 0).numpy())
+        _name_row(row[0], images.classes[c])
+    figure.savefig(path, dpi=100, bbox_inches="tight")

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import inference
+import interventions
 import metrics
 import models
 import report
@@ -127,6 +128,7 @@ def predict(trained: inference.Trained, files: list[Path],
             good = [i for i, x in zip(rows, pixels, strict=True) if x is not None]
             if good:
                 batch = torch.stack([x for x in pixels if x is not None]).permute(0, 3, 1, 2)
+                batch = interventions.apply(batch, trained.interventions)
                 began = time.perf_counter()
                 out[good] = inference.logits(trained, batch).numpy() / t
                 seconds[good] = (time.perf_counter() - began) / len(good)

@@ -93,6 +93,52 @@ def plot_roc(logits: np.ndarray, labels: np.ndarray, classes: list[str], per_cla
     _save(figure, path)
 
 
+def plot_probes(rows: dict[str, dict], chance: float, path: Path) -> None:
+    """Accuracy of each shortcut probe with its interval, by way of splitting."""
+    figure = Figure(figsize=(7, 0.6 * len(rows) + 1.2))
+    axis = figure.subplots()
+    names = list(next(iter(rows.values())))
+    for k, name in enumerate(names):
+        found = [(i, row[name]) for i, row in enumerate(rows.values())]
+        values = np.array([m["value"] for _, m in found])
+        errors = [values - [m["low"] for _, m in found], [m["high"] for _, m in found] - values]
+        axis.errorbar(values, [i + 0.18 * k for i, _ in found], xerr=errors, fmt="o", ms=4,
+                      label=name)
+    axis.axvline(chance, color="grey", ls="--", lw=0.8, label="largest class")
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.invert_yaxis()
+    axis.set(xlabel="accuracy", xlim=(0, 1.02))
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_seeds(seeds: dict, path: Path) -> None:
+    """Accuracy of one probe over random split seeds, seed 42 marked."""
+    figure = Figure(figsize=(5, 3))
+    axis = figure.subplots()
+    axis.hist(seeds["values"], bins=20)
+    axis.axvline(seeds["seed_42"], color="C3", label="seed 42")
+    axis.set(xlabel="accuracy, nearest neighbour on colour statistics", ylabel="split seeds")
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_reliability(p: np.ndarray, labels: np.ndarray, path: Path, bins: int = 10) -> None:
+    """Accuracy against confidence of the top class, marker area by number of images."""
+    confidence, correct = p.max(1), p.argmax(1) == labels
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    used = np.unique(place)
+    figure = Figure(figsize=(4, 4))
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
+    axis.scatter([confidence[place == b].mean() for b in used],
+                 [correct[place == b].mean() for b in used],
+                 s=[20 + 200 * (place == b).mean() for b in used])
+    axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02),
+             title=f"n = {len(labels)}")
+    _save(figure, path)
+
+
 def plot_clients(labels: np.ndarray, clients: list[np.ndarray], classes: list[str],
                  path: Path) -> None:
     """Client × class counts of the training part."""

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,10 +45,11 @@ def ranks(count, arguments, users=None, program=None):
             "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOME": "/nonexistent",
             "MPLCONFIGDIR": str(arguments[rank][-1]) + "-matplotlib"}
+        env |= {"SITE_USER": str(users[rank])} if users else {}
         command = [sys.executable, *(program or [ROOT / "train_federated.py"]), *arguments[rank]]
         out.append(subprocess.Popen(
             list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, cwd="/", **({"user": users[rank], "group": users[rank]} if users else {})))
+            text=True, cwd="/"))
     return [(*p.communicate(timeout=300), p.returncode) for p in out]
 
 
@@ -191,14 +193,19 @@ def test_one_process_flags_are_refused_under_torchrun_and_the_other_way(tree, tm
 # ---- sites with their own data ----------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def sites(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sites")
-    os.chmod(root.parent, 0o755)
-    os.chmod(root, 0o755)
-    write_tree(root / "A", {"Benign": 12, "Early": 16, "Pre": 14, "Pro": 10}, seed=1)
-    write_tree(root / "B", {"Benign": 15, "Pro": 11}, seed=2)  # lacks two classes
-    write_tree(root / "C", {"Benign": 8, "Foo": 9}, seed=3)
-    return root
+def open_place():
+    """A folder that other users may pass through; pytest's own are closed to them."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def sites(open_place):
+    write_tree(open_place / "A", {"Benign": 12, "Early": 16, "Pre": 14, "Pro": 10}, seed=1)
+    write_tree(open_place / "B", {"Benign": 15, "Pro": 11}, seed=2)  # lacks two classes
+    write_tree(open_place / "C", {"Benign": 8, "Foo": 9}, seed=3)
+    return open_place
 
 
 RECORDER = """
@@ -220,6 +227,13 @@ for name in dir(dist):
         setattr(dist, name, wrapped)
 RANK = int(os.environ['RANK'])
 import train_federated, distributed
+import matplotlib.backends.backend_agg, torch._dynamo, torch.utils._pytree
+from PIL import Image
+Image.init()
+if 'SITE_USER' in os.environ:  # root can import; from here on, a user who sees its own folder only
+    os.setgroups([])
+    os.setgid(int(os.environ['SITE_USER']))
+    os.setuid(int(os.environ['SITE_USER']))
 team = []
 class Team(distributed.Team):
     def __init__(self):
@@ -233,12 +247,12 @@ json.dump({'seen': seen, 'sent': team[0].sent}, open(place, 'w'))
 
 
 @pytest.fixture(scope="module")
-def site_run(sites, tmp_path_factory):
+def site_run(sites):
     """Two sites as users of their own, each with its own folder and output, every payload kept."""
     if os.geteuid() != 0:
         pytest.skip("needs root to run as two other users")
-    root = tmp_path_factory.mktemp("out")
-    os.chmod(root, 0o755)
+    root = sites / "out"
+    root.mkdir()
     users = (54321, 54322)
     outs = []
     for user, name in zip(users, "AB", strict=True):
@@ -252,7 +266,8 @@ def site_run(sites, tmp_path_factory):
                          "--out", out] for name, out in zip("AB", outs, strict=True)],
                     users, ["-c", RECORDER, ROOT])
     assert [code for _, _, code in results] == [0, 0], results
-    other = subprocess.run(["ls", sites / "B"], user=users[0], capture_output=True, check=False)
+    other = subprocess.run(["/bin/ls", sites / "B"], user=users[0], capture_output=True,
+                           check=False, cwd="/")
     assert other.returncode != 0  # the folders are closed to each other indeed
     return results, outs
 
@@ -296,22 +311,22 @@ def test_every_payload_is_on_the_list(site_run):
         south = json.load(file)
     with open(str(outs[0]) + "-payloads.json", encoding="utf-8") as file:
         north = json.load(file)
-    fingerprints = [table(3), south["seen"][1]]
-    width = fingerprints[1][2][1]
+    width = south["seen"][1][2][1]
     evaluation = [table(1), table(1), table(16)]  # n, loss sum, confusion
     one_round = [table(1), table(1), table(1), *evaluation]  # n, loss sum, n kept; validation
-    common = [table(3), table(width), table(4), table(2)]  # digests, class counts, where it stands
+    common = [table(3), table(width), table(2)]  # digests; round and rounds done
+    counts = table(4)
     expected = {
-        "south": [*common, *([("send", "torch.int64", [1]), *sums, *one_round] * 2),
+        "south": [*common, counts, *([("send", "torch.int64", [1]), *sums, *one_round] * 2),
                   *(evaluation * 4)],
-        "north": [*common, ("broadcast", "torch.float64", [0]), *whole,
+        "north": [*common, ("broadcast", "torch.float64", [0]), *whole, counts,
                   *([("broadcast", "torch.int64", [1]), *whole, *one_round] * 2), *whole,
                   *(evaluation * 4)]}
     for name, record in (("south", south), ("north", north)):
         assert [(a, b, c) for a, b, c, _ in record["seen"]] == expected[name], name
         assert set(record["sent"]) <= {"state", "n", "class counts", "confusion", "loss sums",
                                        "fingerprint"}
-    assert south["seen"][2][3] == [0, 0, 0, 0, 13, 0, 0, 9]  # its own class counts, row 1
+    assert south["seen"][3][3] == [0, 0, 0, 0, 13, 0, 0, 9]  # its own class counts, row 1
     digests = np.array(north["seen"][1][3]).reshape(2, -1)[0]
     assert (digests >= 2**20).mean() > 0.9  # hashes: no argument crosses as it is
 

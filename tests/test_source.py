@@ -18,6 +18,9 @@ def test_every_flag_is_read_somewhere():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "args":
                 read.add(node.attr)
+            if (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr"
+                    and getattr(node.args[0], "id", "") == "args"):
+                read.add(getattr(node.args[1], "value", None))
             if isinstance(node, ast.ClassDef) and node.name == "Recipe":
                 fields = {x.target.id for x in node.body if isinstance(x, ast.AnnAssign)}
             if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
@@ -57,7 +60,8 @@ def test_arrows_go_one_way():
     assert imports["models"] <= {"checks"}
     assert imports["metrics"] == set() and imports["augment"] == set()
     assert not imports["compare"] & {"fedavg", "evaluation", "train_central", "train_federated"}
-    assert imports["data"] <= {"checks", "files", "splits", "synthetic", "augment"}
+    assert imports["data"] <= {"checks", "files", "interventions", "splits",
+                               "synthetic", "augment"}
     assert imports["fedavg"] <= {"checks", "data", "models", "recipes"}
     assert "fedavg" not in imports["runs"] and not imports["runs"] & {"train_federated"}
     scripts = {"train_federated", "train_central", "explain", "audit", "predict", "compare"}

@@ -1,0 +1,134 @@
+"""Images that show the same thing: identical, recompressed, shifted, or overlapping fields of view.
+
+Every pair is compared by phase correlation at 64 × 64 (Kuglin & Hines 1975): the height of the
+peak is about the share of the field that two pictures have in common, wherever it lies. Pairs above
+a threshold are then registered at full size, and kept where what overlaps correlates.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from skimage.registration import phase_cross_correlation
+from torch import Tensor
+from tqdm import tqdm
+
+from baselines import STRIP
+
+SIDE = 64  # of the small pictures that all pairs are compared at
+PEAK = 0.12  # of the phase correlation; unrelated pairs of the ALL set stay below 0.11
+OVERLAP = 0.3  # least share of the field that two pictures must have in common
+CORRELATION = 0.6  # of the grey values there
+BLOCK = 256  # pairs compared at once
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images, i < j, and why they belong together. shift: rows and columns, in pixels."""
+    i: int
+    j: int
+    peak: float
+    shift: tuple[int, int]
+    overlap: float
+    correlation: float
+
+
+def grey(pixels: Tensor) -> Tensor:
+    """float32 [n, h, W] of uint8 [n, 3, H, W], without the strip that the scale bar stands in."""
+    height = pixels.shape[2]
+    return pixels[:, :, :height - round(STRIP * height)].float().mean(1)
+
+
+def spectra(pixels: Tensor) -> Tensor:
+    """Whitened spectra, complex64 [n, SIDE, SIDE/2 + 1], of uint8 [n, 3, H, W], edges tapered."""
+    ramp = 0.5 - 0.5 * torch.cos(torch.pi * (torch.arange(SIDE * 3 // 20) + 0.5)
+                                 / (SIDE * 3 // 20))
+    window = torch.ones(SIDE)
+    window[:len(ramp)], window[-len(ramp):] = ramp, ramp.flip(0)
+    parts = []
+    for batch in pixels.split(BLOCK):
+        small = F.interpolate(grey(batch)[:, None], (SIDE, SIDE), mode="area")[:, 0]
+        small = (small - small.mean((1, 2), keepdim=True)) * window[:, None] * window
+        spectrum = torch.fft.rfft2(small)
+        parts.append(spectrum / spectrum.abs().clamp_min(1e-6))
+    return torch.cat(parts)
+
+
+def candidates(pixels: Tensor, progress: bool = True) -> list[tuple[int, int, float]]:
+    """(i, j, peak) of all pairs i < j whose phase correlation reaches PEAK."""
+    whitened, found = spectra(pixels), []
+    n = len(whitened)
+    bar = tqdm(total=n * (n - 1) // 2, desc="comparing", unit="pair", unit_scale=True, leave=False,
+               disable=None if progress else True)
+    for i in range(n - 1):
+        for start in range(i + 1, n, BLOCK):
+            block = whitened[start:start + BLOCK]
+            height = torch.fft.irfft2(whitened[i] * block.conj(), s=(SIDE, SIDE)).flatten(1).amax(1)
+            found += [(i, start + int(k), float(height[k]))
+                      for k in (height >= PEAK).nonzero().flatten()]
+            bar.update(len(block))
+    bar.close()
+    return found
+
+
+def register(a: np.ndarray, b: np.ndarray) -> tuple[tuple[int, int], float, float]:
+    """(shift, overlap, correlation) of two grey pictures [h, W] at full size.
+
+    The shift is that of `skimage.registration.phase_cross_correlation`, taken in either sense of
+    the wrapped axes; overlap is the share of the field in common, correlation Pearson's r there.
+    """
+    shift, _, _ = phase_cross_correlation(a, b)
+    best = ((0, 0), 0.0, -1.0)
+    for rows in {int(shift[0]), int(shift[0] - np.sign(shift[0]) * a.shape[0])}:
+        for columns in {int(shift[1]), int(shift[1] - np.sign(shift[1]) * a.shape[1])}:
+            one = a[max(rows, 0):a.shape[0] + min(rows, 0),
+                    max(columns, 0):a.shape[1] + min(columns, 0)]
+            two = b[max(-rows, 0):b.shape[0] + min(-rows, 0),
+                    max(-columns, 0):b.shape[1] + min(-columns, 0)]
+            overlap = one.size / a.size
+            if overlap < OVERLAP or one.std() == 0 or two.std() == 0:
+                continue
+            r = float(np.corrcoef(one.ravel(), two.ravel())[0, 1])
+            if r > best[2]:
+                best = ((rows, columns), overlap, r)
+    return best
+
+
+def near_duplicates(pixels: Tensor, progress: bool = True) -> list[Pair]:
+    """All pairs i < j of uint8 [n, 3, H, W] that show, for OVERLAP of the field or more, the same.
+
+    Rotated, mirrored or rescaled copies are not looked for.
+    """
+    pairs = []
+    for i, j, peak in candidates(pixels, progress):
+        a, b = grey(pixels[[i, j]]).numpy()
+        shift, overlap, r = register(a, b)
+        if r >= CORRELATION:
+            pairs.append(Pair(i, j, peak, shift, overlap, r))
+    return pairs
+
+
+def exact_pairs(digests: list[str]) -> list[tuple[int, int]]:
+    """(first, later) of images with equal decoded pixels."""
+    first: dict[str, int] = {}
+    return [(first[d], i) for i, d in enumerate(digests) if first.setdefault(d, i) != i]
+
+
+def group(n: int, pairs: list[tuple[int, int]]) -> np.ndarray:
+    """int [n]: connected components of the pairs, each named by its first member."""
+    parent = list(range(n))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+    for i, j in pairs:
+        a, b = sorted((root(i), root(j)))
+        parent[b] = a
+    return np.array([root(i) for i in range(n)])
+
+
+def count_partners(groups: np.ndarray, part: np.ndarray, train: np.ndarray) -> int:
+    """How many images of `part` share their group with an image of `train`."""
+    return int(np.isin(groups[part], groups[train]).sum())

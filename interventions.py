@@ -1,0 +1,62 @@
+"""Two ways to take a shortcut away from the pixels, for training and for audits: uint8 to uint8.
+
+--mask-corner paints the scale bar over with the local background; --grey-world gives every image
+the same mean in all three channels (Buchsbaum 1980), so that stain and white balance say less.
+"""
+
+import argparse
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+CORNER = (0.7, 0.85, 1.0, 1.0)  # left, top, right, bottom, shares: where the scale bar is
+MARGIN = 0.1  # of the side: how far around it the local background is looked for
+NAMES = ("mask_corner", "grey_world")  # as in the flags, in the order of application
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("interventions").add_argument
+    add("--mask-corner", action="store_true", help="paint the scale bar's corner over")
+    add("--grey-world", action="store_true", help="equal channel means in every image")
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """Those that the flags, or an older run's arguments, ask for."""
+    return [name for name, on in (("mask_corner", getattr(args, "mask_corner", False)),
+                                  ("grey_world", getattr(args, "grey_world", False))) if on]
+
+
+def apply(pixels: Tensor, names: Iterable[str]) -> Tensor:
+    """Pixels uint8 [n, 3, H, W] after the interventions; the input itself where there is none."""
+    for name in names:
+        function = {"mask_corner": mask_corner, "grey_world": grey_world}[name]
+        result = torch.empty_like(pixels)  # keeps the memory layout
+        for i, image in enumerate(pixels):
+            result[i] = function(image)
+        pixels = result
+    return pixels
+
+
+def mask_corner(image: Tensor) -> Tensor:
+    """The corner in one colour: the median of the brighter half of what surrounds it."""
+    _, height, width = image.shape
+    left, top = round(CORNER[0] * width), round(CORNER[1] * height)
+    right, bottom = round(CORNER[2] * width), round(CORNER[3] * height)
+    around = torch.zeros(height, width, dtype=torch.bool)
+    margin = max(1, round(MARGIN * width))
+    around[max(top - margin, 0):bottom, max(left - margin, 0):right] = True
+    around[top:bottom, left:right] = False
+    near = image[:, around]
+    brightness = near.float().mean(0)
+    paint = near[:, brightness >= brightness.median()].float().median(1).values.round()
+    masked = image.clone()
+    masked[:, top:bottom, left:right] = paint.to(image.dtype)[:, None, None]
+    return masked
+
+
+def grey_world(image: Tensor) -> Tensor:
+    """Each channel scaled so that its mean is the mean of all three; clipped at 255."""
+    values = image.float()
+    means = values.mean((1, 2), keepdim=True).clamp_min(1e-6)
+    return (values * means.mean() / means).round().clamp(0, 255).to(image.dtype)

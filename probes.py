@@ -1,0 +1,100 @@
+"""Shortcut probes: what parts of a file that hold no cell, or no shape of one, give away.
+
+Each probe is a table of numbers per image; the classifier is that of `baselines`. A network that
+does not beat the best of them has not shown that it reads cells.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+
+import faithfulness
+import metrics
+from baselines import colour_statistics, make_classifier
+from data import Images
+from interventions import CORNER
+
+FRAME = 0.04  # width of the border frame, share of the side
+
+
+def masked_statistics(pixels: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """The 21 colour statistics of the pixels of each image inside its mask, bool [n, H, W]."""
+    return np.concatenate([colour_statistics(image[mask][None, :, None], "statistics")
+                           for image, mask in zip(pixels, masks, strict=True)])
+
+
+def background(images: Images) -> np.ndarray:
+    """Colour of the brightest quarter of each image: the glass between the cells."""
+    pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
+    masks = np.stack([faithfulness.background(image.cpu()) for image in images.pixels])
+    return masked_statistics(pixels, masks)
+
+
+def frame(images: Images) -> np.ndarray:
+    """Colour of a border frame alone."""
+    pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
+    size = pixels.shape[1]
+    width = max(1, round(FRAME * size))
+    mask = np.ones((size, size), dtype=bool)
+    mask[width:-width, width:-width] = False
+    return masked_statistics(pixels, np.broadcast_to(mask, (len(pixels), size, size)))
+
+
+def corner(images: Images) -> np.ndarray:
+    """Grey thumbnail, 8 × 16, of the lower right corner, where the scale bar is burnt in."""
+    size = images.pixels.shape[2]
+    left, top, right, bottom = (round(x * size) for x in CORNER)
+    cut = images.pixels[:, :, top:bottom, left:right].cpu().float().mean(1, keepdim=True)
+    return F.interpolate(cut, (8, 16), mode="area").flatten(1).numpy()
+
+
+def header(images: Images, root: Path) -> np.ndarray:
+    """What a file says before any pixel: its size in bytes, width, height, mode, JPEG tables, the
+    number of quantisation tables, progressive or not, dots per inch, length of its metadata."""
+    rows = []
+    for path in images.paths:
+        with Image.open(root / path) as image:
+            tables = getattr(image, "quantization", None) or {}
+            info = image.info
+            dpi = info.get("dpi", (0, 0))
+            rows.append([(root / path).stat().st_size, *image.size, len(image.getbands()),
+                         len(tables), *(np.mean(tables[k]) if k in tables else 0 for k in (0, 1)),
+                         info.get("progressive", 0), float(dpi[0]), len(info.get("exif", b"")),
+                         len(info.get("icc_profile", b""))])
+    return np.array(rows, dtype=np.float64)
+
+
+def class_root(root: Path, images: Images) -> Path:
+    """The folder that the paths of `images` are relative to (a wrapping folder may lie between)."""
+    while not (root / images.paths[0]).exists():
+        inner = [p for p in sorted(root.iterdir()) if p.is_dir()]
+        original = [p for p in inner if p.name.lower() == "original"]
+        root = (original or inner)[0]
+    return root
+
+
+def features(images: Images, root: Path | None) -> dict[str, np.ndarray]:
+    """Probe name → float [n, d], NaN-free. The header needs files on disk (`root`)."""
+    pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
+    found = {"colour means": colour_statistics(pixels, "means"),
+             "colour statistics": colour_statistics(pixels, "statistics"),
+             "background only": background(images), "scale-bar corner only": corner(images),
+             "border frame only": frame(images)}
+    if root is not None:
+        found["file size and header only"] = header(images, class_root(root, images))
+    return found
+
+
+def fit_predict(x: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray,
+                kind: str = "rbf-svm") -> np.ndarray:
+    """Predictions int [len(test)] of the probe's classifier fitted on the training part."""
+    return make_classifier(kind).fit(x[train], labels[train]).predict(x[test])
+
+
+def score(x: np.ndarray, labels: np.ndarray, several: list[dict], kind: str = "rbf-svm") -> dict:
+    """Accuracy with Wilson interval, pooled over the test parts of `several` splits (folds)."""
+    hits = sum(int((fit_predict(x, labels, s["train"], s["test"], kind) == labels[s["test"]]).sum())
+               for s in several)
+    return metrics.wilson(hits, sum(len(s["test"]) for s in several))
