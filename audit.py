@@ -167,8 +167,8 @@ def data_page(result: dict) -> str:
         probe_table(result["probes"]),
         (f"Nearest neighbour on colour statistics over {seeds['seeds']} split seeds: "
          f"{seeds['mean']:.4f} ± {seeds['sd']:.4f} ({seeds['min']:.4f} to {seeds['max']:.4f}). "
-         f"Seed 42: {seeds['seed_42']:.4f}; {seeds['share_below_seed_42']:.1%} of the seeds lie below "
-         f"it, {seeds['share_equal']:.1%} are equal."),
+         f"Seed 42: {seeds['seed_42']:.4f}; {seeds['share_below_seed_42']:.1%} of the seeds lie "
+         f"below it, {seeds['share_equal']:.1%} are equal."),
         "## Figures (local use only)",
         *(f"![{name}]({name}.png)" for name in
           ("probes", "split-seeds", "near-duplicates", "interventions"))]) + "\n"
