@@ -1,0 +1,251 @@
+"""Audits: planted duplicates and shortcuts are found, and nothing where nothing is."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import script, toy_images, train, write_tree
+from PIL import Image
+
+import audit
+import data
+import duplicates
+import interventions
+import metrics
+import models
+import predict
+import probes
+from checks import InputError
+
+
+@pytest.fixture(scope="module")
+def fields():
+    """Twelve unrelated fields of many cells, uint8 [12, 160, 160, 3]."""
+    rng, (rows, columns) = np.random.default_rng(3), np.mgrid[:160, :160]
+    out = np.full((12, 160, 160, 3), 230.0)
+    for field in out:
+        for _ in range(70):
+            y, x, radius = *rng.uniform(0, 160, 2), rng.uniform(4, 10)
+            inside = (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+            field[inside] = rng.uniform(60, 200, 3)
+    return (out + rng.normal(0, 2, out.shape)).clip(0, 255).astype(np.uint8)
+
+
+def stack(arrays):
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def recompressed(array, quality):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+# ---- duplicates -------------------------------------------------------------------------------
+
+def test_unrelated_images_are_no_duplicates(fields):
+    assert duplicates.near_duplicates(stack([f[:128, :128] for f in fields]), progress=False) == []
+
+
+def test_planted_copies_shifts_and_recompressions_are_found_and_nothing_else(fields):
+    base = [f[:128, :128] for f in fields]
+    planted = [fields[0][:128, :128], recompressed(fields[1][:128, :128], 30),
+               fields[2][20:148, 12:140], fields[3][0:128, 32:160],
+               recompressed(fields[4][32:160, 30:158], 60)]
+    pairs = duplicates.near_duplicates(stack(base + planted), progress=False)
+    assert [(p.i, p.j) for p in pairs] == [(k, 12 + k) for k in range(5)]
+    assert [p.shift for p in pairs] == [(0, 0), (0, 0), (20, 12), (0, 32), (32, 30)]
+    assert all(p.correlation > 0.9 for p in pairs)
+    assert pairs[3].overlap == pytest.approx(96 / 128)
+
+
+def test_the_strip_of_the_scale_bar_makes_no_pair(fields):
+    marked = [f[:128, :128].copy() for f in fields]
+    for image in marked:
+        image[116:, 80:] = 0
+    assert duplicates.near_duplicates(stack(marked), progress=False) == []
+
+
+def test_registration_of_a_known_shift_in_either_sense(fields):
+    grey = fields[5].astype(float).mean(2)
+    for rows, columns in ((0, 0), (10, 5), (-12, 7), (30, -28)):
+        a = grey[32:128, 32:128]
+        b = grey[32 + rows:128 + rows, 32 + columns:128 + columns]
+        shift, overlap, r = duplicates.register(a, b)
+        assert shift == (rows, columns) and r > 0.999
+        assert overlap == pytest.approx((96 - abs(rows)) * (96 - abs(columns)) / 96**2)
+
+
+def test_groups_are_connected_components():
+    assert duplicates.exact_pairs(["a", "b", "a", "c", "a"]) == [(0, 2), (0, 4)]
+    assert duplicates.group(6, [(1, 2), (4, 2), (3, 5)]).tolist() == [0, 1, 1, 3, 1, 3]
+    groups = np.array([0, 1, 1, 3, 1, 3])
+    assert duplicates.count_partners(groups, np.array([0, 2, 5]), np.array([1, 4])) == 1
+
+
+# ---- probes -----------------------------------------------------------------------------------
+
+def toy_split(n):
+    order = np.random.default_rng(0).permutation(n)
+    return {"train": order[: n * 2 // 3], "val": order[:0], "test": order[n * 2 // 3:]}
+
+
+@pytest.mark.parametrize(("name", "area"), [
+    ("border frame only", np.s_[0:1]), ("scale-bar corner only", np.s_[-3:]),
+    ("background only", np.s_[:])])
+def test_a_probe_finds_its_planted_shortcut_and_chance_without(name, area):
+    rng = np.random.default_rng(1)
+    n = 120
+    labels = rng.integers(0, 3, n)
+    noise = rng.integers(0, 200, (n, 32, 32, 3), dtype=np.uint8)
+
+    def score(pixels):
+        images = toy_images(n, size=32)
+        images.pixels, images.labels = stack(pixels), torch.from_numpy(labels)
+        return probes.score(probes.features(images, None)[name], labels, [toy_split(n)])
+    clean = score(noise)
+    assert clean["low"] < 1 / 3 < clean["high"]
+    marked = noise.copy()
+    for image, y in zip(marked, labels, strict=True):
+        if name == "scale-bar corner only":
+            image[-3:, -6:] = 80 * y
+        elif name == "border frame only":
+            image[area] = 80 * y
+        else:
+            image[..., 2][image.astype(int).sum(2) > 380] = 150 + 50 * y
+    assert score(marked)["low"] > 0.8
+
+
+def test_the_header_probe_reads_no_pixel(tmp_path):
+    """Two classes with the same pictures, saved at two qualities."""
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        picture = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+        for name, quality in (("a", 60), ("b", 90)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            picture.save(tmp_path / name / f"{i}.jpg", quality=quality)
+    images = data.read_folder(str(tmp_path), 24)
+    x = probes.features(images, tmp_path)["file size and header only"]
+    assert probes.score(x, images.labels.numpy(), [toy_split(60)])["value"] == 1.0
+
+
+# ---- interventions ----------------------------------------------------------------------------
+
+def test_mask_corner_paints_the_local_background_and_nothing_else():
+    image = torch.full((3, 100, 100), 200, dtype=torch.uint8)
+    image[:, :50] = 90  # far from the corner
+    image[:, 85:, 70:] = 5  # a scale bar
+    image[:, 80:85, 60:80] = 30  # a dark cell beside it: not background
+    masked = interventions.mask_corner(image)
+    assert (masked[:, 85:, 70:] == 200).all()
+    outside = torch.ones(100, 100, dtype=torch.bool)
+    outside[85:, 70:] = False
+    assert torch.equal(masked[:, outside], image[:, outside])
+    assert (image[:, 85:, 70:] == 5).all()  # the input survives
+
+
+def test_grey_world_gives_equal_channel_means():
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randint(20, 100, (3, 40, 40), generator=rng).to(torch.uint8)
+    image[2] += 60
+    means = interventions.grey_world(image).float().mean((1, 2))
+    assert means.max() - means.min() < 0.1 and image.float().mean((1, 2)).max() > 110
+
+
+def test_interventions_change_training_and_follow_the_model(tree, tmp_path):
+    plain = train(tree, tmp_path / "plain")
+    masked = train(tree, tmp_path / "masked", "--mask-corner", "--grey-world")
+    states = [models.read_file(f / "model.pt") for f in (plain, masked)]
+    assert states[0]["interventions"] == []
+    assert states[1]["interventions"] == ["mask_corner", "grey_world"]
+    assert not torch.equal(*(next(iter(s["state"].values())) for s in states))
+    predict.main([str(masked), str(tree), "--exact", "--out", str(tmp_path / "p.csv")])
+    with open(tmp_path / "p.csv", encoding="utf-8") as file:
+        here = {r["path"]: r for r in csv.DictReader(file)}
+    with open(masked / "predictions.csv", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            other = next(v for k, v in here.items() if k.endswith(row["path"]))
+            assert float(other["p_Pre"]) == pytest.approx(float(row["p_Pre"]), abs=1e-5)
+
+
+# ---- the script -------------------------------------------------------------------------------
+
+def test_cluster_bootstrap_is_wider_where_groups_are_alike():
+    values = np.repeat(np.arange(20) % 4 > 0, 5).astype(float)
+    single = metrics.cluster_bootstrap(values, np.arange(100))
+    grouped = metrics.cluster_bootstrap(values, np.repeat(np.arange(20), 5))
+    assert single["value"] == grouped["value"] == 0.75
+    ratio = (grouped["high"] - grouped["low"]) / (single["high"] - single["low"])
+    assert ratio == pytest.approx(np.sqrt(5), rel=0.12)
+    one = metrics.cluster_bootstrap(np.array([1.0, 1.0, 0.0]), np.zeros(3))
+    assert one["low"] == one["high"] == pytest.approx(2 / 3)
+
+
+@pytest.fixture(scope="module")
+def doubled(tmp_path_factory):
+    """A set where class a holds five pictures twice."""
+    root = write_tree(tmp_path_factory.mktemp("doubled") / "set", {"a": 40, "b": 40}, size=32)
+    for i in range(5):
+        (root / "a" / f"again-{i}.png").write_bytes((root / "a" / f"a-{i + 1:03d}.png").read_bytes())
+    return root
+
+
+def test_audit_of_data_writes_all_of_it_and_the_trainer_takes_its_groups(doubled, tmp_path):
+    out = tmp_path / "audit"
+    audit.main(["data", str(doubled), "--out", str(out), "--image-size", "32",
+                "--split-seeds", "5"])
+    found = json.loads((out / "audit.json").read_text())
+    assert found["duplicates"]["identical_copies"] == 5
+    assert found["duplicates"]["groups"] == 80 and found["duplicates"]["images"] == 85
+    assert found["test_images_with_partner"]["grouped, these groups"]["partners"] == 0
+    assert set(found["probes"]) == {
+        "colour means", "colour statistics", "background only", "scale-bar corner only",
+        "border frame only", "file size and header only"}
+    assert set(found["probes"]["colour means"]) == {"default", "grouped"}  # too small for blocked
+    assert found["probes"]["colour means"]["grouped"]["value"] > 0.9  # red tells the class here
+    assert len(found["split_seeds"]["values"]) == 5
+    names = {p.name for p in out.iterdir()}
+    assert names == {"audit.json", "report.md", "groups.csv", "probes.png", "split-seeds.png",
+                     "near-duplicates.png", "interventions.png"}
+    run = train(doubled, tmp_path / "run", "--split", "grouped", "--groups", out / "groups.csv")
+    with open(run / "split.csv", encoding="utf-8") as file:
+        parts = {row["path"]: row["split"] for row in csv.DictReader(file)}
+    assert all(parts[f"a/again-{i}.png"] == parts[f"a/a-{i + 1:03d}.png"] for i in range(5))
+
+
+def test_audit_of_a_run_agrees_with_the_run(doubled, tmp_path):
+    run = train(doubled, tmp_path / "run")
+    audit.main(["run", str(run)])
+    found = json.loads((run / "audit" / "audit.json").read_text())
+    results = json.loads((run / "results.json").read_text())
+    assert found["accuracy"] == results["best"]["test"]["accuracy"]
+    assert found["ece"] == pytest.approx(results["best"]["test"]["ece"], abs=1e-6)
+    images = data.read_folder(str(doubled), 20)
+    split = audit.read_split(run, images)
+    partners = sum(images.digests[i] in {images.digests[j] for j in split["train"]}
+                   for i in split["test"])
+    hits = [round((found[k]["value"] or 0) * n) for k, n in
+            (("with_partner", partners), ("without_partner", len(split["test"]) - partners))]
+    assert sum(hits) == round(found["accuracy"]["value"] * len(split["test"]))
+    assert found["called_benign"] == [] and set(found["under_interventions"]) == {
+        "mask_corner", "grey_world"}
+    probe = found["probes"]["colour means"]
+    assert probe["difference"]["value"] == pytest.approx(
+        found["accuracy"]["value"] - probe["accuracy"]["value"])
+    assert (run / "audit" / "reliability.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], "audit.py data DIR"), (["what"], "audit.py data DIR"), (["run", "nowhere"], "run.json"),
+    (["data", "nowhere"], "no such folder")])
+def test_bad_input_is_one_line(arguments, words, tmp_path):
+    done = script(*arguments, name="audit.py", cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_existing_folder_is_not_overwritten(doubled, tmp_path):
+    with pytest.raises(InputError, match="exists"):
+        audit.main(["data", str(doubled), "--out", str(tmp_path), "--image-size", "32"])
