@@ -11,9 +11,7 @@ process is `ALLOWED` and nothing else. See SECURITY.md.
 
 import argparse
 import hashlib
-import io
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -67,13 +65,14 @@ class Team:
         for flag in ("local_only", "seeds"):
             if getattr(args, flag):
                 raise InputError(f"--{flag.replace('_', '-')} is for one process, not torchrun")
-        if torch.cuda.is_available() and args.device in ("auto", "cuda"):
-            args.device = f"cuda:{self.local_rank % torch.cuda.device_count()}"
         if args.site_data is not None:
             self._take_site(args)
         if self.rank == 0 and args.out is not None and Path(args.out).exists():
             raise InputError(f"--out {args.out}: exists already (--resume continues a run)")
-        self.device = models.pick_device(args.device)
+        device = args.device
+        if torch.cuda.is_available() and device in ("auto", "cuda"):  # one each
+            device = f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        self.device = models.pick_device(device)
         limit = timedelta(seconds=args.timeout)
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=limit))
@@ -368,42 +367,3 @@ def digest(value: object) -> int:
 def restarts() -> int:
     """How often torchrun --max-restarts has started this job again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def continued(argv: list[str]) -> list[str]:
-    """After a restart rank 0 resumes the folder that this very launcher began."""
-    if not restarts() or "--resume" in argv:
-        return argv
-    out = argv[argv.index("--out") + 1:argv.index("--out") + 2] if "--out" in argv else []
-    if out and Path(out[0]).is_dir() and not any(Path(out[0]).iterdir()):
-        Path(out[0]).rmdir()  # killed between making it and writing in it
-    places = [Path(x) for x in out] or sorted(
-        (p.parent for p in Path("runs").glob("*/run.json")), key=lambda p: p.stat().st_mtime)
-    mine = [p for p in places if (p / "run.json").exists()
-            and runs.read_json(p / "run.json").get("launcher") == runs.launcher()]
-    return [*runs.without(argv, "--out"), "--resume", str(mine[-1])] if mine else argv
-
-
-def launch(main: Callable[[list[str], Team], None]) -> None:
-    """Run a script's `main` as one process of a job; whatever ends it, one process says so."""
-    team, argv = Team(), sys.argv[1:]
-    if team.rank == 0:
-        argv = continued(argv)
-    else:
-        sys.stdout = io.StringIO()
-    if team.local_rank:
-        sys.stderr = io.StringIO()  # until the processes have met, one a machine speaks
-
-    def end(reason: str, code: int) -> None:
-        if team.claim():
-            print(f"{Path(sys.argv[0]).name}: {team.name}: {reason}; the last checkpoint is whole, "
-                  "go on with --resume and the run folder", file=sys.__stderr__, flush=True)
-        os._exit(code)
-
-    signal.signal(signal.SIGTERM, lambda *_: end("stopped, as the job lost a process", 143))
-    try:
-        checks.guard(lambda: main(argv, team))
-    except LostProcess as error:
-        end(f"another process is gone or silent ({error})", 1)
-    if dist.is_initialized():
-        dist.destroy_process_group()

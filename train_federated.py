@@ -101,7 +101,7 @@ def prepare(args: argparse.Namespace, team=None) -> tuple:
     for flag, neutral in (("mu", 0), ("fraction", 1), ("bn", "average")):
         if args.local_only and getattr(args, flag) not in (neutral, "freeze"):
             raise InputError(f"--local-only averages nothing: --{flag} has no place beside it")
-    device = models.pick_device(args.device)
+    device = team.device if team else models.pick_device(args.device)
     images = data.load(args)
     split = data.make_split(args, images)
     clients = (team.own_clients(split) if team and team.sites
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None, team=None) -> None:
 
 if __name__ == "__main__":
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # one process of a torchrun job
-        import distributed
-        distributed.launch(main)
+        import launch
+        launch.launch(main)
     else:
         guard(main)

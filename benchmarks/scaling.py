@@ -33,11 +33,12 @@ def work(place: Path, argv: list[str]) -> None:
     sent = {}
     if "RANK" in os.environ:
         import distributed
+        import launch
 
         def main(argv: list[str], team: distributed.Team) -> None:
             train_federated.main(argv, team)
             sent.update(team.sent)
-        distributed.launch(main)
+        launch.launch(main)
     else:
         train_federated.main(argv)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
