@@ -1,10 +1,15 @@
 """Toy images, toy networks and files on disk for the tests; nothing here is downloaded or real."""
 
 import json
+import multiprocessing
+import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,6 +18,7 @@ from torch import nn
 
 import data
 import fedavg
+import train_central  # noqa: F401  (for the processes forked from here)
 import train_federated
 
 CPU = torch.device("cpu")
@@ -90,9 +96,48 @@ def write_tree(root: Path, counts: dict[str, int], size: int = 20, seed: int = 0
 
 # ---- whole runs --------------------------------------------------------------------------------
 
+# A process of a test is forked from a server that has imported everything and run nothing: a real
+# process, to be killed or measured, without six seconds of imports.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["helpers"])
+SEES = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}  # the server, at its start
+
+
+class Process:
+    """A program, a file or its text, run as __main__ in a process of its own; output in files."""
+
+    def __init__(self, program: Path | str, arguments, env=None, cwd=None, threads=None) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.output = [Path(self.folder.name) / name for name in ("stdout", "stderr")]
+        if isinstance(program, str):
+            text, program = program, Path(self.folder.name) / "program.py"
+            program.write_text(text)
+        self.process = SERVER.Process(target=_run, args=(
+            program, list(map(str, arguments)), self.output, env or {}, cwd, threads))
+        with mock.patch.dict(os.environ, SEES):
+            self.process.start()
+
+    def wait(self, timeout: float = 240) -> subprocess.CompletedProcess:
+        self.process.join(timeout)
+        code = self.process.exitcode  # None: it hung
+        self.process.kill()
+        with self.folder:
+            return subprocess.CompletedProcess([], code, *(f.read_text() for f in self.output))
+
+
+def _run(program, arguments, output, env, cwd, threads):
+    for target, file in enumerate(output, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), target)
+    os.environ.update(env)
+    os.chdir(cwd or os.getcwd())
+    if threads:
+        torch.set_num_threads(threads)
+    sys.argv[1:] = arguments
+    runpy.run_path(str(program), run_name="__main__")
+
+
 def script(*arguments, name="train_federated.py", **options):
-    return subprocess.run([sys.executable, ROOT / name, *map(str, arguments)],
-                          capture_output=True, text=True, check=False, **options)
+    return Process(ROOT / name, arguments, **options).wait()
 
 
 def train(tree, out, *arguments):
@@ -118,7 +163,7 @@ def same_run(a, b):
 KILLER = """
 import os, signal, sys
 import torch
-import evaluation, models, runs, train_central, train_federated
+import evaluation, fedavg, models, runs, train_central, train_federated
 point, count, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 calls = 0
 def maybe(name):
@@ -137,7 +182,6 @@ def half_saved(content, file):
         os.kill(os.getpid(), signal.SIGKILL)
     save(content, file)
 torch.save = half_saved
-import fedavg
 for module, function in ((fedavg, 'train_step'), (runs, 'append_history'), (os, 'replace'),
                          (evaluation, 'finish'), (runs, 'write_predictions')):
     def wrapped(*a, original=getattr(module, function), name=function, **k):
@@ -150,6 +194,5 @@ for module, function in ((fedavg, 'train_step'), (runs, 'append_history'), (os, 
 
 def kill(point, count, name, *arguments):
     """Run a script in a process of its own that kills itself at the count-th call of `point`."""
-    command = [sys.executable, "-c", KILLER, point, count, name, *arguments]
-    killed = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, check=False)
+    killed = Process(KILLER, [point, count, name, *arguments]).wait()
     assert killed.returncode == -signal.SIGKILL, killed.stderr

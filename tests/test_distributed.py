@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import BASE, ROOT, equal, same_run, script, write_tree
+from helpers import BASE, ROOT, Process, equal, same_run, script, write_tree
 
 import models
 
 ONE = {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+SCRIPT = ROOT / "train_federated.py"
 SITE = [x for x in BASE if x not in ("--rounds", "3")] + ["--rounds", "2"]
 
 
@@ -34,23 +35,16 @@ def ours(text):
     return [x for x in text.splitlines() if x.startswith("train_federated.py:")]
 
 
-def ranks(count, arguments, users=None, program=None):
+def ranks(count, arguments, users=None, program=SCRIPT):
     """The processes of a job without torchrun, each with arguments (and a user) of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    out = []
-    for rank in range(count):
-        env = os.environ | ONE | {
-            "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOME": "/nonexistent",
-            "MPLCONFIGDIR": str(arguments[rank][-1]) + "-matplotlib"}
-        env |= {"SITE_USER": str(users[rank])} if users else {}
-        command = [sys.executable, *(program or [ROOT / "train_federated.py"]), *arguments[rank]]
-        out.append(subprocess.Popen(
-            list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, cwd="/"))
-    return [(*p.communicate(timeout=300), p.returncode) for p in out]
+    jobs = [Process(program, arguments[rank], cwd="/", threads=1, env={
+        "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOME": "/nonexistent",
+        "SITE_USER": str(users[rank]) if users else ""}) for rank in range(count)]
+    return [job.wait() for job in jobs]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +55,7 @@ def alone(tree, tmp_path_factory):
     def get(*flags):
         if flags not in runs:
             out = tmp_path_factory.mktemp("alone") / "run"
-            done = script("--data", tree, *BASE, *flags, "--out", out, env=os.environ | ONE)
+            done = script("--data", tree, *BASE, *flags, "--out", out, threads=1)
             assert done.returncode == 0, done.stderr
             runs[flags] = out
         return runs[flags]
@@ -76,8 +70,9 @@ HARD = ("--partition", "dirichlet", "--fraction", "0.5", "--clients", "5", "--op
 def test_any_number_of_processes_gives_the_bytes_of_one(tree, alone, tmp_path, count, flags):
     """Three processes for two clients too: one of them never has work."""
     out = tmp_path / "run"
-    done = torchrun(count, "--data", tree, *BASE, *flags, "--out", out)
-    assert done.returncode == 0, done.stderr
+    job = ["--data", tree, *BASE, *flags, "--out", out]
+    done = ranks(count, [job] * count)
+    assert [d.returncode for d in done] == [0] * count, done
     one = alone(*flags)
     assert same_run(one, out)
     assert (one / "model.pt").read_bytes() == (out / "model.pt").read_bytes()
@@ -85,7 +80,8 @@ def test_any_number_of_processes_gives_the_bytes_of_one(tree, alone, tmp_path, c
     results = [{k: v for k, v in json.loads((f / "results.json").read_text()).items()
                 if k not in drop} for f in (one, out)]
     assert results[0] == results[1]
-    assert done.stdout.count("round 1/3") == 1 and ours(done.stderr) == []  # rank 0 alone speaks
+    assert [d.stdout.count("round 1/3") for d in done] == [1] + [0] * (count - 1)
+    assert [ours(d.stderr) for d in done] == [[]] * count  # rank 0 alone speaks
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in out.iterdir())
 
 
@@ -158,8 +154,8 @@ def test_an_elastic_restart_continues_its_own_folder_to_the_same_bytes(tree, alo
 def test_processes_that_differ_stop_before_training_and_name_it(tree, tmp_path, other, named):
     base = ["--data", tree, *BASE, "--out", tmp_path / "run"]
     results = ranks(2, [base, [*base[:-2], *other, *base[-2:]]])
-    assert [code for _, _, code in results] == [2, 2]
-    lines = [x for _, errors, _ in results for x in ours(errors)]
+    assert [r.returncode for r in results] == [2, 2]
+    lines = [x for r in results for x in ours(r.stderr)]
     assert len(lines) == 1 and f"{named} of rank 1 differs" in lines[0], lines
     assert not (tmp_path / "run" / "last.pt").exists()
 
@@ -168,18 +164,19 @@ def test_other_data_or_code_is_named(tree, tmp_path):
     other = write_tree(tmp_path / "other", {"Benign": 22, "Early": 26, "Pre": 24}, seed=5)
     out = tmp_path / "run"
     results = ranks(2, [["--data", d, *BASE, "--out", out] for d in (tree, other)])
-    assert "the data of rank 1 differs" in results[0][1] and results[1][1] == ""
+    assert "the data of rank 1 differs" in results[0].stderr
+    assert results[1].stderr == ""
     changed = tmp_path / "code"
     changed.mkdir()
     for file in ROOT.glob("*.py"):
         (changed / file.name).write_text(file.read_text() + "# changed\n")
     out = tmp_path / "again"
-    code = ("import os, runpy, sys; root = sys.argv[1 + int(os.environ['RANK'])]; "
-            "sys.path.insert(0, root); sys.argv = [root + '/train_federated.py', *sys.argv[3:]]; "
-            "runpy.run_path(sys.argv[0], run_name='__main__')")
-    program = ["-c", code, ROOT, changed]
+    program = ("import os, runpy, distributed\n"
+               "if os.environ['RANK'] == '1':\n"
+               f"    distributed.__file__ = {str(changed / 'distributed.py')!r}\n"
+               f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
     results = ranks(2, [["--data", tree, *BASE, "--out", out]] * 2, program=program)
-    assert "code of rank 1 differs" in results[0][1], results
+    assert "code of rank 1 differs" in results[0].stderr, results
 
 
 def test_one_process_flags_are_refused_under_torchrun_and_the_other_way(tree, tmp_path):
@@ -211,7 +208,6 @@ def sites(open_place):
 RECORDER = """
 import json, os, sys
 import torch, torch.distributed as dist
-sys.path.insert(0, sys.argv.pop(1))
 place, seen = sys.argv[-1] + '-payloads.json', []
 for name in dir(dist):
     function = getattr(dist, name)
@@ -230,7 +226,7 @@ import train_federated, distributed, launch
 import matplotlib.backends.backend_agg, torch._dynamo, torch.utils._pytree
 from PIL import Image
 Image.init()
-if 'SITE_USER' in os.environ:  # root can import; from here on, a user who sees its own folder only
+if os.environ['SITE_USER']:  # from here on, a user who sees its own folder only
     os.setgroups([])
     os.setgid(int(os.environ['SITE_USER']))
     os.setuid(int(os.environ['SITE_USER']))
@@ -264,8 +260,8 @@ def site_run(sites):
         outs.append(root / name / "run")
     results = ranks(2, [[*SITE, "--site-data", sites / name, "--site-names", "North", "South",
                          "--out", out] for name, out in zip("AB", outs, strict=True)],
-                    users, ["-c", RECORDER, ROOT])
-    assert [code for _, _, code in results] == [0, 0], results
+                    users, RECORDER)
+    assert [r.returncode for r in results] == [0, 0], results
     other = subprocess.run(["/bin/ls", sites / "B"], user=users[0], capture_output=True,
                            check=False, cwd="/")
     assert other.returncode != 0  # the folders are closed to each other indeed
@@ -274,8 +270,8 @@ def site_run(sites):
 
 def test_sites_keep_their_images_splits_and_predictions(site_run):
     results, (north, south) = site_run
-    assert "North: 42 images" in results[0][0] and "South: 22 images" in results[0][0]
-    assert results[1][0] == ""  # rank 0 alone prints
+    assert "North: 42 images" in results[0].stdout and "South: 22 images" in results[0].stdout
+    assert results[1].stdout == ""  # rank 0 alone prints
     a = (north / "North" / "predictions.csv").read_text()
     b = (south / "South" / "predictions.csv").read_text()
     assert len(a.splitlines()) == 1 + 10 and len(b.splitlines()) == 1 + 4

@@ -3,13 +3,11 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import BASE, ROOT, history, kill, same_run, script, train
+from helpers import BASE, Process, history, kill, same_run, script, train
 
 import data
 import evaluation
@@ -285,16 +283,14 @@ def test_peak_memory_does_not_grow_with_the_number_of_clients(tmp_path):
     64 collected MobileNetV2 states would be 570 MB more, half of the whole process.
     """
     peaks = []
+    program = ("import resource, sys, train_federated; train_federated.main(sys.argv[1:]); "
+               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     for clients in (4, 64):
-        command = [sys.executable, ROOT / "train_federated.py", "--model", "mobilenet_v2",
-                   "--image-size", "16", "--rounds", "1", "--local-epochs", "1", "--no-augment",
-                   "--clients", clients, "--out", tmp_path / str(clients)]
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
-        peaks.append(usage.ru_maxrss)
+        done = Process(program, [
+            "--model", "mobilenet_v2", "--image-size", "16", "--rounds", "1", "--local-epochs", "1",
+            "--no-augment", "--clients", clients, "--out", tmp_path / str(clients)]).wait()
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] < 1.1 * peaks[0], peaks
 
 
