@@ -8,7 +8,11 @@ import torch
 import data
 import models
 from augment import Augmentation
-from checks import integer, number
+from checks import InputError, integer, number
+
+# In bf16 on the CPU, the weight gradient (oneDNN, torch 2.14.1) of a convolution whose input is
+# smaller than its stride holds whatever lay in memory; networks of stride 32 get there at 16.
+TOO_SMALL_FOR_BF16 = 16
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--seed", type=integer(0), default=0, help="of everything but split and partition")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-        help="auto: bf16 where the device computes it, on CUDA else fp16, else off")
+        help="auto: bf16 where the device computes it, on CUDA else fp16, else off; on the CPU off "
+        f"up to {TOO_SMALL_FOR_BF16} pixels")
 
 
 def make_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
-    """The recipe that the flags describe, precision resolved for `device`."""
+    """The recipe that the flags describe, precision resolved for `device`. Raises InputError for
+    `--amp bf16` where its gradients would be garbage; `auto` is float32 there."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
     ranges = None if args.no_augment else Augmentation(translation=args.translation)
-    return Recipe(**given, augmentation=ranges, amp_dtype=models.pick_precision(args.amp, device))
+    dtype = models.pick_precision(args.amp, device)
+    if dtype == torch.bfloat16 and device.type == "cpu" and args.image_size <= TOO_SMALL_FOR_BF16:
+        if args.amp == "bf16":
+            raise InputError(f"--amp bf16 needs images over {TOO_SMALL_FOR_BF16} pixels on the CPU")
+        dtype = None
+    return Recipe(**given, augmentation=ranges, amp_dtype=dtype)

@@ -67,6 +67,7 @@ def prepare(args: argparse.Namespace) -> tuple:
     if args.like is not None and args.folds > 1:
         raise InputError("--like copies one split: --folds 1")
     device = models.pick_device(args.device)
+    recipes.make_recipe(args, device)  # refused now rather than with a folder begun
     images = data.load(args)
     if args.folds == 1:
         several = {"": data.make_split(args, images)}

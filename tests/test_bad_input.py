@@ -98,6 +98,7 @@ CASES = [
     (GOOD + " --train-from layer4", "no such module"),
     (GOOD + " --model vgg11 --image-size 8", "--image-size 8 does not suit VGG"),
     (GOOD + " --device cuda:7", "--device cuda:7: not there"),
+    (GOOD + " --amp bf16 --image-size 16", "--amp bf16 needs images over 16 pixels"),
     # weights
     (GOOD + " --weights absent.pt", "absent.pt: no such file"),
     (GOOD + " --weights other.pt", "another architecture"),
@@ -139,6 +140,7 @@ CENTRAL = [
     (GOOD + " --models resnet18 squeezenet1_1", "one linear layer"),
     (GOOD + " --models resnet18 resnet18", "one of them twice"),
     (GOOD + " --model resnet49", "unknown model"), (GOOD + " --weights absent.pt", "no such file"),
+    (GOOD + " --amp bf16 --image-size 16", "--amp bf16 needs images over 16 pixels"),
     (GOOD + " --device cuda:7", "not there"), (GOOD + " --out run", "exists already"),
     ("--resume run", "a run of train_federated.py"), ("--resume empty", "not a run folder"),
     ("--resume folds/fold1", "part of a larger run, resume folds"),

@@ -1,5 +1,6 @@
 """Averaging, the local loop and the round, against hand-computed numbers and an oracle."""
 
+import argparse
 import itertools
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ from torch import nn
 import data
 import fedavg
 import models
+import recipes
 from augment import Augmentation
 from checks import InputError
 from fedavg import Recipe, weighted_average
@@ -475,6 +477,39 @@ def test_precision_flags(monkeypatch):
         for name in ("avx512_bf16", "amx_tile"):
             monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda v=native: v)
         assert models.pick_precision("auto", CPU) == (torch.bfloat16 if native else None)
+
+
+def test_bf16_is_left_where_its_gradients_are_garbage(monkeypatch):
+    def dtype(amp, size, device):
+        return recipes.make_recipe(argparse.Namespace(
+            amp=amp, image_size=size, no_augment=True), torch.device(device)).amp_dtype
+    monkeypatch.setattr(models, "pick_precision", lambda amp, device: torch.bfloat16)
+    assert dtype("auto", 16, "cpu") is None and dtype("auto", 16, "cuda") == torch.bfloat16
+    assert dtype("auto", 17, "cpu") == dtype("bf16", 17, "cpu") == torch.bfloat16
+    with pytest.raises(InputError, match="over 16 pixels"):
+        dtype("bf16", 16, "cpu")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_bf16_steps_repeat_whatever_lay_in_memory(name):
+    """At the smallest size allowed. At one pixel less the weight gradients of the last strided
+    convolutions are not written on an AVX512-bf16 machine, and this fails there."""
+    size = recipes.TOO_SMALL_FOR_BF16 + 1
+    batch = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    recipe = Recipe(batch_size=4, amp_dtype=torch.bfloat16)
+    states = []
+    for _ in range(4):
+        torch.manual_seed(0)  # dropout
+        model = models.build(name, 4)
+        trainer = fedavg.make_optimizer(model, recipe, 1e-3)
+        for _ in range(2):
+            junk = [torch.full((2**k,), float("nan")) for k in range(6, 22)]
+            del junk  # what is allocated next lies there
+            fedavg.train_step(model, batch, torch.arange(4), recipe, *trainer, class_weights=None,
+                              reference=[])
+        states.append(model.state_dict())
+    assert models.is_finite(states[0]) and all(equal(states[0], s) for s in states[1:])
 
 
 def test_bf16_training_runs_and_keeps_float32_weights():
