@@ -26,7 +26,7 @@ from scipy.special import softmax
 
 from checks import InputError, integer, make_parser, warn
 from data import Images
-from models import read_file, write_whole
+from models import pick_precision, read_file, write_whole
 from splits import Split
 
 UNRECORDED = ("resume", "out", "timeout")  # arguments that say where, not what
@@ -147,6 +147,7 @@ def machine(device: torch.device) -> dict:
     packages = ("torch", "torchvision", "numpy", "scikit-learn", "pillow")
     return {"device": str(device), "name": name, "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "amp_auto": str(pick_precision("auto", device)),  # None: float32
             "python": platform.python_version(), **{p: version(p) for p in packages}}
 
 

@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None, team=None) -> None:
         if team is None or team.rank == 0:
             folder = runs.begin(args, "federated", images, device, argv)
         if team:
-            facts |= team.facts(images)
+            facts |= team.facts(images) | {"the precision of --amp": recipe.amp_dtype}
     if args.seeds:
         compare.write(folder, runs.each(main, folder, "--seeds", args.seeds, "--seed"))
         return

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import BASE, ROOT, SMALL, same_run, train, write_tree
+from helpers import BASE, ROOT, SMALL, Process, kill, same_run, train, write_tree
 from PIL import Image
 
 import checks
 import models
 import train_central
 import train_federated
-from files import find_files
 
 
 @pytest.fixture(scope="module")
@@ -182,13 +181,49 @@ def test_changed_images_are_noticed_on_resume(place, tmp_path):
         train_federated.main(["--resume", str(out)])
 
 
-def test_a_folder_that_may_not_be_read(place, monkeypatch):
-    """Root reads everything, so the refusal is played: what the system says reaches the user."""
-    def refused(folder):
-        raise PermissionError(13, "Permission denied", str(folder))
-    monkeypatch.setattr("os.scandir", refused)
-    with pytest.raises(PermissionError):
-        find_files(place / "good" / "a")
+ORDINARY = """
+import os, sys
+import torch._dynamo, torch.utils._pytree
+from PIL import Image
+import checks, train_federated
+Image.init()
+if os.geteuid() == 0:  # root could read and write everything
+    os.setgroups([])
+    os.setgid(54321)
+    os.setuid(54321)
+sys.argv[0] = 'train_federated.py'
+checks.guard(lambda: train_federated.main(sys.argv[1:]))
+"""
+
+
+def refused(*arguments):
+    """What an ordinary user is told, in one line."""
+    done = Process(ORDINARY, arguments, cwd="/").wait()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_folders_that_may_not_be_read_or_written(open_place):
+    tree, out, closed = open_place / "set", open_place / "run", open_place / "closed"
+    write_tree(tree, {"a": 15, "b": 15})
+    kill("train_step", 6, "train_federated", "--data", tree, *BASE, "--out", out)
+    kept = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert models.read_file(out / "last.pt")["round"] == 1
+    closed.mkdir(mode=0o555)
+    assert "Permission denied" in refused("--data", tree, *BASE, "--out", closed / "run")
+    out.chmod(0o555)
+    assert "Permission denied" in refused("--resume", out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == kept
+    out.chmod(0o755)
+    train_federated.main(["--resume", str(out)])
+    assert same_run(out, train(tree, open_place / "whole"))
+    for path, words in ((tree / "a" / "a-001.png", "1 unreadable image(s)"),
+                        (tree / "a", "Permission denied"), (tree, "Permission denied")):
+        path.chmod(0)
+        error = refused("--data", tree, *BASE, "--out", open_place / "none")
+        path.chmod(0o755)
+        assert words in error and str(path.name) in error
+    assert not (open_place / "none").exists() and not list(closed.iterdir())
 
 
 def test_skip_bad_goes_on_and_records(place, tmp_path, capsys):

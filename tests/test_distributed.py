@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -179,6 +178,18 @@ def test_other_data_or_code_is_named(tree, tmp_path):
     assert "code of rank 1 differs" in results[0].stderr, results
 
 
+def test_a_precision_that_auto_resolves_differently_is_named(tree, tmp_path):
+    """A machine with native bf16 beside one without would be another computation."""
+    program = ("import os, runpy, models, torch\n"
+               "dtype = [None, torch.bfloat16][int(os.environ['RANK'])]\n"
+               "models.pick_precision = lambda amp, device: dtype\n"
+               f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
+    out = tmp_path / "run"
+    results = ranks(2, [["--data", tree, *BASE, "--out", out]] * 2, program=program)
+    assert [r.returncode for r in results] == [2, 2]
+    assert "the precision of --amp of rank 1 differs" in results[0].stderr, results
+
+
 def test_one_process_flags_are_refused_under_torchrun_and_the_other_way(tree, tmp_path):
     done = torchrun(2, "--data", tree, *BASE, "--local-only", "--out", tmp_path / "x")
     assert ours(done.stderr) and all("--local-only" in x for x in ours(done.stderr))
@@ -188,14 +199,6 @@ def test_one_process_flags_are_refused_under_torchrun_and_the_other_way(tree, tm
 
 
 # ---- sites with their own data ----------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def open_place():
-    """A folder that other users may pass through; pytest's own are closed to them."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        yield Path(folder)
-
 
 @pytest.fixture(scope="module")
 def sites(open_place):
