@@ -58,9 +58,9 @@ def load(folder: Path, device: torch.device, client: int | None = None) -> Train
                    interventions=tuple(content.get("interventions", ())))
 
 
-def fast(trained: Trained) -> Trained:
+def fast(trained: Trained, limit: float = LIMIT) -> Trained:
     """The same network with BatchNorm folded, channels_last, in bf16 (CUDA: float16 at need) but
-    for its head; in float32, and said so, where that could move a probability by over `LIMIT`."""
+    for its head; in float32, and said so, where that could move a probability by over `limit`."""
     folded = optimization.fuse(copy.deepcopy(trained.model)).eval()
     folded = folded.to(trained.device, memory_format=torch.channels_last)
     exact = replace(trained, model=folded)
@@ -72,7 +72,7 @@ def fast(trained: Trained) -> Trained:
     head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
     half = replace(exact, model=low, dtype=dtype)
     moved = deviation(exact, half)
-    if moved > LIMIT:
+    if moved > limit:
         warn(f"note: in {dtype} a probability could be off by {moved:.2f}, so float32 is used")
         return exact
     return half

@@ -2,9 +2,11 @@
 
     python benchmarks/latency.py                             # ResNet50 at 224: a few minutes
     python benchmarks/latency.py --model resnet18 --image-size 64 --repeats 3 --samples 64
+    python benchmarks/latency.py --run runs/NAME             # a trained network
 
 All in one run on the same drawn images, in alternating blocks, medians over the blocks. plain = the
 torchvision network as built, contiguous, float32; ours = `inference.fast`; each from uint8 pixels.
+Random weights bear no half precision; without --run ours takes it nevertheless, for its speed.
 lime_over_forward = one LIME explanation over the network's forward passes on as many images. The
 paper states 15 ms an image on a Tesla P100. Last line: JSON.
 """
@@ -43,6 +45,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
+    add("--run", metavar="RUN", help="its network, image size and precision instead of those below")
     add("--model", default="resnet50")
     add("--image-size", type=integer(16), default=224)
     add("--repeats", type=integer(1), default=5, help="blocks, medians are taken over them")
@@ -50,10 +53,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="auto")
     args = parser.parse_args(argv)
     device = models.pick_device(args.device)
-    network = models.build(args.model, 4).to(device).eval()
-    exact = inference.Trained(network, args.model, list("abcd"), args.image_size, device)
-    ours = inference.fast(exact)
-    eager = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    if args.run:
+        exact = inference.load(Path(args.run), device)
+        ours = inference.fast(exact)
+        args.model, args.image_size = exact.name, exact.image_size
+    else:
+        network = models.build(args.model, 4).to(device).eval()
+        exact = inference.Trained(network, args.model, list("abcd"), args.image_size, device)
+        ours = inference.fast(exact, limit=float("inf"))
+    eager = copy.deepcopy(exact.model).to(memory_format=torch.contiguous_format)
     normalise = torchvision.transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)
 
     @torch.inference_mode()
