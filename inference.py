@@ -72,7 +72,7 @@ def fast(trained: Trained, limit: float = LIMIT) -> Trained:
     head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
     half = replace(exact, model=low, dtype=dtype)
     moved = deviation(exact, half)
-    if moved > limit:
+    if not moved <= limit:  # not a number either: float16 overflowed
         warn(f"note: in {dtype} a probability could be off by {moved:.2f}, so float32 is used")
         return exact
     return half
