@@ -29,7 +29,8 @@ def continued(argv: list[str]) -> list[str]:
 
 
 def launch(main: Callable[[list[str], distributed.Team], None]) -> None:
-    """Run a script's `main` as one process of a job; whatever ends it, one process says so."""
+    """Run a script's `main` as one process of a job and leave the process; whatever cuts the job
+    short, one process says so. Nothing runs after it."""
     team, argv = distributed.Team(), sys.argv[1:]
     if team.rank == 0:
         argv = continued(argv)
@@ -45,9 +46,16 @@ def launch(main: Callable[[list[str], distributed.Team], None]) -> None:
         os._exit(code)
 
     signal.signal(signal.SIGTERM, lambda *_: end("stopped, as the job lost a process", 143))
+    code = 0
     try:
         checks.guard(lambda: main(argv, team))
     except distributed.LostProcess as error:
         end(f"another process is gone or silent ({error})", 1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    except SystemExit as error:
+        code = error.code
+    if code == 0 and team.device.type == "cuda":
+        dist.destroy_process_group()  # waits for what the device still sends
+    # Out at once: gloo's destructor joins threads that may wait for the GIL, which its caller holds
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

@@ -30,20 +30,17 @@ def work(place: Path, argv: list[str]) -> None:
     """One process of a measured run; leaves its bytes and memory in `place`."""
     import train_federated
     sys.argv = ["train_federated.py", *argv]
-    sent = {}
-    if "RANK" in os.environ:
-        import distributed
-        import launch
 
-        def main(argv: list[str], team: distributed.Team) -> None:
-            train_federated.main(argv, team)
-            sent.update(team.sent)
+    def main(argv: list[str], team=None) -> None:
+        train_federated.main(argv, team)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        (place / f"rank{team.rank if team else 0}.json").write_text(
+            json.dumps({"bytes": sum(team.sent.values()) if team else 0, "peak_mb": memory}))
+    if "RANK" in os.environ:
+        import launch
         launch.launch(main)
     else:
-        train_federated.main(argv)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    (place / f"rank{os.environ.get('RANK', '0')}.json").write_text(
-        json.dumps({"bytes": sum(sent.values()), "peak_mb": memory}))
+        main(argv)
 
 
 def measure(args: argparse.Namespace, processes: int, clients: int) -> dict:
