@@ -151,9 +151,10 @@ class Team:
         raise SystemExit(2)
 
     def claim(self) -> bool:
-        """Whether this process is the first to report the end of the job."""
+        """Whether this process is the first to report the end of the job. Before they have met
+        nothing has begun, and torchrun ends one because another failed, which says why."""
         try:
-            return self.store is None or self.store.add("reported", 1) == 1
+            return self.store is not None and self.store.add("reported", 1) == 1
         except RuntimeError:  # the store went down with its process: better twice than never
             return True
 

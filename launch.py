@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import torch.distributed as dist
 import checks
 import distributed
 import runs
+
+# Seconds for the first process of a machine to say what another would have to: mostly it fails too.
+PATIENCE = 5
 
 
 def continued(argv: list[str]) -> list[str]:
@@ -53,9 +57,13 @@ def launch(main: Callable[[list[str], distributed.Team], None]) -> None:
         end(f"another process is gone or silent ({error})", 1)
     except SystemExit as error:
         code = error.code
+    if code and sys.stderr is not sys.__stderr__:  # failed before it may speak
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        time.sleep(PATIENCE)
+        sys.__stderr__.write(sys.stderr.getvalue())
     if code == 0 and team.device.type == "cuda":
         dist.destroy_process_group()  # waits for what the device still sends
     # Out at once: gloo's destructor joins threads that may wait for the GIL, which its caller holds
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.__stderr__):
         stream.flush()
     os._exit(code)

@@ -22,11 +22,10 @@ SCRIPT = ROOT / "train_federated.py"
 SITE = [x for x in BASE if x not in ("--rounds", "3")] + ["--rounds", "2"]
 
 
-def torchrun(count, *arguments, launch=(), **options):
-    command = [*TORCHRUN, "--nproc-per-node", str(count), *launch, str(ROOT / "train_federated.py"),
-               *map(str, arguments)]
+def torchrun(count, *arguments, program=SCRIPT):
+    command = [*TORCHRUN, "--nproc-per-node", str(count), str(program), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False,
-                          env=os.environ | ONE, **options)
+                          env=os.environ | ONE)
 
 
 def ours(text):
@@ -211,9 +210,28 @@ def test_a_precision_that_auto_resolves_differently_is_named(tree, tmp_path):
     assert "the precision of --amp of rank 1 differs" in results[0].stderr, results
 
 
-def test_one_process_flags_are_refused_under_torchrun_and_the_other_way(tree, tmp_path):
-    done = torchrun(2, "--data", tree, *BASE, "--local-only", "--out", tmp_path / "x")
-    assert ours(done.stderr) and all("--local-only" in x for x in ours(done.stderr))
+@pytest.mark.parametrize("late", [0, 1])
+def test_one_process_flags_are_refused_under_torchrun_in_one_line(tree, tmp_path, late):
+    """Whichever process comes to it first: torchrun ends the other."""
+    program = tmp_path / "train_federated.py"
+    program.write_text("import os, runpy, sys, time\n"
+                       f"time.sleep(3 * (os.environ['RANK'] == '{late}'))\n"
+                       f"sys.path.insert(0, {str(ROOT)!r})\n"
+                       f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
+    done = torchrun(2, "--data", tree, *BASE, "--local-only", "--out", tmp_path / "x",
+                    program=program)
+    assert len(ours(done.stderr)) == 1 and "--local-only" in ours(done.stderr)[0], done.stderr
+    assert done.returncode != 0 and not (tmp_path / "x").exists()
+
+
+def test_a_second_process_that_alone_fails_speaks_for_itself_in_the_end(tree, tmp_path):
+    done = script("--data", tree, *BASE, "--local-only", "--out", tmp_path / "x", env={
+        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
+    assert done.returncode == 2 and ours(done.stderr) == done.stderr.splitlines() != []
+    assert "--local-only" in done.stderr
+
+
+def test_site_flags_are_refused_without_torchrun(tree, tmp_path):
     alone = script("--site-data", tree, *BASE, "--out", tmp_path / "x")
     assert alone.returncode == 2 and "torchrun" in alone.stderr
     assert not (tmp_path / "x").exists()
