@@ -10,6 +10,7 @@ import argparse
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -100,11 +101,13 @@ def read_file(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about the pickle protocol
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(f"{path}: refused, it holds more than tensors and plain values "
                          "(code is never loaded) or is damaged") from None
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - torch's reader raises all sorts on damaged files
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path}: truncated or no PyTorch file ({reason})") from None
     if not isinstance(content, dict) or not content:

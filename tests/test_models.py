@@ -1,7 +1,9 @@
 """Networks: sizes, heads, BatchNorm by isinstance, weights in and out, refusals."""
 
 import io
+import pickle
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -159,6 +161,10 @@ def bad_files(folder, state):
     (folder / "empty.pt").write_bytes(b"")
     (folder / "text.pt").write_text("not weights")
     torch.save({"state": Bomb()}, folder / "code.pt")
+    (folder / "pickle.pt").write_bytes(pickle.dumps(Bomb()))
+    old = io.BytesIO()
+    torch.save(state, old, _use_new_zipfile_serialization=False)  # as torchvision's old files
+    (folder / "old.pt").write_bytes(old.getvalue()[:5000])
     torch.save([1, 2], folder / "list.pt")
     torch.save({k: v for k, v in state.items() if k != "conv1.weight"}, folder / "missing.pt")
     torch.save(state | {"more": torch.zeros(1)}, folder / "extra.pt")
@@ -168,14 +174,29 @@ def bad_files(folder, state):
 @pytest.mark.parametrize("name,words", [
     ("absent.pt", "no such file"), ("cut.pt", "truncated"), ("empty.pt", "truncated"),
     ("text.pt", "refused|truncated"), ("code.pt", "refused"), ("list.pt", "no state dict"),
+    ("pickle.pt", "refused"), ("old.pt", "truncated"),
     ("missing.pt", "another architecture.*conv1.weight"), ("extra.pt", "architecture.*more"),
     ("shape.pt", "wrong shape of conv1.weight")])
+@pytest.mark.filterwarnings("error")  # one line on stderr, none of torch's beside it
 def test_bad_weight_files_are_refused(imagenet_like, tmp_path, capsys, name, words):
     bad_files(tmp_path, imagenet_like.state_dict())
     models.build("resnet18", 4, str(tmp_path / "good.pt"))
     with pytest.raises(InputError, match=words):
         models.build("resnet18", 4, str(tmp_path / name))
     assert "this code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("new", [True, False])
+def test_a_file_cut_anywhere_or_of_noise_is_refused(tmp_path, new):
+    whole = io.BytesIO()
+    torch.save({"a": torch.ones(3), "b": 1.5}, whole, _use_new_zipfile_serialization=new)
+    path, noise = tmp_path / "x.pt", np.random.default_rng(0)
+    for content in [*(whole.getvalue()[:k] for k in range(len(whole.getvalue()))),
+                    *(noise.bytes(100) for _ in range(300))]:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="refused|truncated"):
+            models.read_file(path)
 
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
