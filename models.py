@@ -108,7 +108,7 @@ def read_file(path: str | Path) -> dict:
         raise InputError(f"{path}: refused, it holds more than tensors and plain values "
                          "(code is never loaded) or is damaged") from None
     except Exception as error:  # noqa: BLE001 - torch's reader raises all sorts on damaged files
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0] or "it is too short"
         raise InputError(f"{path}: truncated or no PyTorch file ({reason})") from None
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: holds no state dict")

@@ -80,11 +80,14 @@ def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Names
 def read_json(path: Path) -> dict:
     """A JSON file of a run folder; InputError where there is no such run."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path.parent}: not a run folder, it has no {path.name}") from None
     except ValueError:
         raise InputError(f"{path}: damaged, not JSON") from None
+    if not isinstance(content, dict) or path.name == "run.json" and "arguments" not in content:
+        raise InputError(f"{path}: not written by a run of this project")
+    return content
 
 
 def write_text(path: Path, text: str) -> None:

@@ -48,6 +48,9 @@ def place(tmp_path_factory):
                         str(root / "folds")])
     (root / "damaged").mkdir()
     (root / "damaged" / "run.json").write_text("{")
+    for name, content in (("list", "[1]"), ("foreign", '{"script": "other.py"}')):
+        (root / name).mkdir()
+        (root / name / "run.json").write_text(content)
     shutil.copytree(root / "run", root / "cut-run")
     (root / "cut-run" / "last.pt").write_bytes((root / "run" / "last.pt").read_bytes()[:999])
     shutil.copytree(good, root / "changed")
@@ -111,6 +114,7 @@ CASES = [
     (GOOD + " --out file.txt/run", "Not a directory"),
     ("--resume empty", "not a run folder"), ("--resume absent", "not a run folder"),
     ("--resume file.txt", "not a run folder"), ("--resume damaged", "damaged, not JSON"),
+    ("--resume list", "not written by a run"), ("--resume foreign", "not written by a run"),
     ("--resume cut-run", "truncated"),
     ("--resume run --lr 0.5", "--lr is 0.01 there, not 0.5"),
     ("--resume run --mu 1 --rounds 9", "--rounds is 1 there, not 9"),
