@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import BASE, Process, history, kill, same_run, script, train
+from helpers import BASE, BNNet, Process, clone, history, kill, same_run, script, toy_images, train
 
 import data
 import evaluation
@@ -185,6 +185,25 @@ def test_bn_local_measures_each_client_on_its_own_share(tree, tmp_path):
     train(tree, resumed, "--bn", "local", "--partition", "dirichlet", "--clients", 3, "--alpha", 1)
     assert same_run(out, resumed)
     assert "| 2 | " in (out / "report.md").read_text().split("own BatchNorm")[1]
+
+
+def test_each_client_is_measured_with_its_own_batchnorm():
+    """Client 2 never trained: it has the shared one."""
+    images, model = toy_images(12), BNNet()
+    state, part = clone(model.state_dict()), np.array([1, 3, 4, 6, 7, 9])
+    shares = [np.array([4, 9]), np.array([1, 7]), np.array([3, 6])]
+    keys = models.batchnorm_keys(model)
+    local_bn = {k: {key: state[key] + k + 1 for key in keys} for k in (0, 1)}
+    measured = evaluation.Evaluation(model, images, {"test": part}, {"test": shares}).logits(
+        "test", state, local_bn)
+    for row, index in zip(measured, part, strict=True):
+        owner = next(k for k, share in enumerate(shares) if index in share)
+        model.load_state_dict(state | local_bn.get(owner, {}))
+        alone = fedavg.predict(model, images, np.array([index]))[0].numpy()
+        assert row == pytest.approx(alone, rel=1e-5)
+        model.load_state_dict(state)
+        shared = fedavg.predict(model, images, np.array([index]))[0].numpy()
+        assert (row == pytest.approx(shared, rel=1e-3)) == (owner == 2)
 
 
 def test_one_poisoned_client_is_survived_and_recorded(tree, tmp_path, monkeypatch, capsys):
