@@ -212,12 +212,13 @@ def test_client_of_one_image_is_refused_under_batchnorm_and_trains_without():
     assert record["steps"] == 1
 
 
-def test_non_finite_update_is_left_out_and_weights_renormalised(monkeypatch, capsys):
+@pytest.mark.parametrize("bn", ["average", "recalibrate", "local"])
+def test_non_finite_update_is_left_out_and_weights_renormalised(monkeypatch, capsys, bn):
     images = toy_images(12)
     clients = [np.arange(0, 4), np.arange(4, 6), np.arange(6, 12)]
-    model = plain_net()
+    model = BNNet()
     start = clone(model.state_dict())
-    expected, _, _ = run_round(model, start, clients, images, chosen=[0, 2])
+    expected, expected_bn, _ = run_round(model, start, clients, images, chosen=[0, 2], bn=bn)
     original = fedavg.train_local
 
     def poisoned(model, *args, client_id, **kwargs):
@@ -226,13 +227,15 @@ def test_non_finite_update_is_left_out_and_weights_renormalised(monkeypatch, cap
             next(model.parameters()).data.view(-1)[0] = float("nan")
         return record
     monkeypatch.setattr(fedavg, "train_local", poisoned)
-    state, _, records = run_round(model, start, clients, images)
+    state, local_bn, records = run_round(model, start, clients, images, bn=bn)
     assert equal(state, expected)
+    assert list(local_bn) == ([0, 2] if bn == "local" else [])
+    assert all(equal(local_bn[k], expected_bn[k]) for k in local_bn)
     assert [r["left_out"] for r in records] == [False, True, False]
     assert records[1]["update_norm"] is None
     assert "client 1 is not finite" in capsys.readouterr().err
     with pytest.raises(FloatingPointError, match="no client"):
-        run_round(model, start, clients, images, chosen=[1])
+        run_round(model, start, clients, images, chosen=[1], bn=bn)
 
 
 def test_sampling_is_uniform_over_clients_ordered_and_a_function_of_the_round():
