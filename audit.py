@@ -8,7 +8,6 @@ groups.csv, which --split grouped --groups takes. Pictures in it are for local u
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -19,14 +18,14 @@ from tqdm import tqdm
 
 import data
 import duplicates
+import figures
 import inference
 import interventions
 import metrics
 import models
-import pictures
 import probes
 import report
-import runs
+import run_folder
 import splits
 from checks import InputError, guard, integer, make_parser
 
@@ -115,7 +114,7 @@ def audit_data(argv: list[str]) -> None:
     add("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
     args = parser.parse_args(argv)
     images = data.read_folder(args.data, args.image_size, skip_bad=True)
-    folder = runs.new_folder(args.out, f"runs/audit-{images.name}")
+    folder = run_folder.new_folder(args.out, f"runs/audit-{images.name}")
     labels = images.labels.numpy()
     groups, counts, near = find_groups(images)
     features = probes.features(images, Path(args.data))
@@ -127,16 +126,15 @@ def audit_data(argv: list[str]) -> None:
               "probes": rows, "majority_class": float(np.bincount(labels).max() / len(labels)),
               "split_seeds": seed_distribution(features["colour statistics"], labels,
                                                args.split_seeds)}
-    with open(folder / "groups.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            [["path", "group"], *((p, images.paths[g]) for p, g in
-                                  zip(images.paths, groups, strict=True))])
-    pictures.plot_pairs(images, near, folder / "near-duplicates.png")
-    pictures.plot_interventions(images, folder / "interventions.png")
-    report.plot_probes(rows, result["majority_class"], folder / "probes.png")
-    report.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
-    runs.write_json(folder / "audit.json", result)
-    runs.write_text(folder / "report.md", data_page(result))
+    run_folder.write_csv(folder / "groups.csv", [
+        ["path", "group"],
+        *([path, images.paths[g]] for path, g in zip(images.paths, groups, strict=True))])
+    figures.plot_pairs(images, near, folder / "near-duplicates.png")
+    figures.plot_interventions(images, folder / "interventions.png")
+    figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
+    figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
+    run_folder.write_json(folder / "audit.json", result)
+    run_folder.write_text(folder / "report.md", data_page(result))
     print(f"{counts['identical_copies']} identical copies, {counts['near_pairs']} near pairs "
           f"({counts['near_pairs_across_classes']} across classes), {counts['groups']} groups")
     print(probe_table(rows))
@@ -180,10 +178,9 @@ def read_split(folder: Path, images: data.Images) -> splits.Split:
     """Training and test indices as the run's split.csv has them."""
     place = {path: i for i, path in enumerate(images.paths)}
     parts: dict[str, list[int]] = {"train": [], "test": []}
-    with open(folder / "split.csv", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            for part in set(row["split"].split("+")) & set(parts):
-                parts[part].append(place[row["path"]])
+    for row in run_folder.read_split(folder):
+        for part in set(row["split"].split("+")) & set(parts):
+            parts[part].append(place[row["path"]])
     return {name: np.array(sorted(part), dtype=np.int64) for name, part in parts.items()}
 
 
@@ -222,14 +219,14 @@ def audit_run(argv: list[str]) -> None:
     add("--device", default="auto")
     args = parser.parse_args(argv)
     folder = Path(args.run)
-    run, test = runs.read_json(folder / "run.json"), runs.read_predictions(folder)
+    run, test = run_folder.read_json(folder / "run.json"), run_folder.read_predictions(folder)
     trained = inference.load(folder, models.pick_device(args.device))
     images = data.load(argparse.Namespace(**run["arguments"]))
     if images.fingerprint() != run["fingerprint"]:
         raise InputError(f"{folder}: the images are no longer those of the run")
     groups = (np.unique(data.read_groups(args.groups, images.paths), return_inverse=True)[1]
               if args.groups else find_groups(images)[0])
-    out = runs.new_folder(args.out or str(folder / "audit"), "")
+    out = run_folder.new_folder(args.out or str(folder / "audit"), "")
     split, root = read_split(folder, images), run["arguments"]["data"]
     place = {path: i for i, path in enumerate(test.paths)}
     rows = [place[images.paths[i]] for i in split["test"]]
@@ -253,9 +250,9 @@ def audit_run(argv: list[str]) -> None:
         benign = images.classes.index("Benign")
         missed = np.flatnonzero((logits.argmax(1) == benign) & (labels != benign))
         result["called_benign"] = [images.paths[split["test"][i]] for i in missed]
-    report.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
-    runs.write_json(out / "audit.json", result)
-    runs.write_text(out / "report.md", run_page(result))
+    figures.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
+    run_folder.write_json(out / "audit.json", result)
+    run_folder.write_text(out / "report.md", run_page(result))
     print(f"report: {out}/report.md")
 
 

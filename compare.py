@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import metrics
 import report
-import runs
+import run_folder
 from checks import InputError, guard, make_parser
 
 # Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000
@@ -42,7 +42,7 @@ class Run:
     site: str  # of --local-only
     configuration: str
     results: dict
-    test: runs.Predictions
+    test: run_folder.Predictions
 
     def correct(self) -> np.ndarray:
         """bool [n], in the order of the paths."""
@@ -55,7 +55,7 @@ class Run:
 
 def load(folder: Path, label: str | None = None) -> list[Run]:
     """The runs that a folder stands for. InputError for no run, or one without predictions."""
-    run = runs.read_json(folder / "run.json")
+    run = run_folder.read_json(folder / "run.json")
     arguments = run["arguments"]
     if label is None:
         own = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
@@ -66,7 +66,7 @@ def load(folder: Path, label: str | None = None) -> list[Run]:
         return [r for m in arguments["models"] for r in load(folder / m, f"{label}/{m}")]
     if not (folder / "results.json").exists():
         raise InputError(f"{folder}: the run is not complete, it has no results.json")
-    results = runs.read_json(folder / "results.json")
+    results = run_folder.read_json(folder / "results.json")
     if arguments.get("local_only") and "members" in results:
         return [r for m in results["members"]
                 for r in load(folder / m["name"], f"{label}, one client alone")]
@@ -74,7 +74,7 @@ def load(folder: Path, label: str | None = None) -> list[Run]:
                                                 if k not in WHERE}])
     site = folder.name if run.get("part_of") else ""
     return [Run(label, folder, run["seed"], site, configuration, results,
-                runs.read_predictions(folder))]
+                run_folder.read_predictions(folder))]
 
 
 def group(several: Iterable[Run]) -> dict[str, list[Run]]:
@@ -240,8 +240,8 @@ def write(folder: Path, parts: list[Path], paper: bool = False) -> None:
     tests = paired_tests(groups)
     text = page(rows, tests)
     plot(rows, groups, folder / "comparison.png")
-    runs.write_json(folder / "comparison.json", {"rows": rows, "tests": tests})
-    runs.write_text(folder / "comparison.md", text + "\n\n![comparison](comparison.png)\n")
+    run_folder.write_json(folder / "comparison.json", {"rows": rows, "tests": tests})
+    run_folder.write_text(folder / "comparison.md", text + "\n\n![comparison](comparison.png)\n")
     print(text)
     print(f"\ntable and figure: {folder}/comparison.md, comparison.png, comparison.json")
 
@@ -254,7 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for folder in args.runs:
         load(Path(folder))  # all are read before anything is written
-    write(runs.new_folder(args.out, "runs/comparison"), [Path(r) for r in args.runs], args.paper)
+    folder = run_folder.new_folder(args.out, "runs/comparison")
+    write(folder, [Path(r) for r in args.runs], args.paper)
 
 
 if __name__ == "__main__":

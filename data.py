@@ -34,6 +34,7 @@ from files import CLASSES, decode, find_class_folders, find_files
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # section 3.2.2
 SAMPLERS = ("shuffle", "balanced", "dual")
+EVAL_BATCH = 64  # memory only: float32 evaluation does not depend on it
 
 
 @dataclass(eq=False)  # one set is itself alone: hashable, so that what is made of it can be kept

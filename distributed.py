@@ -30,7 +30,7 @@ import evaluation
 import fedavg
 import metrics
 import models
-import runs
+import run_folder
 import splits
 from checks import InputError
 from files import CLASSES
@@ -241,8 +241,8 @@ class Team:
         """What must be equal everywhere beside the flags."""
         if not self.sites:
             return {"the class list": images.classes, "the data": images.fingerprint()}
-        if ((self.folder / "run.json").exists() and
-                runs.read_json(self.folder / "run.json")["fingerprint"] != images.fingerprint()):
+        run = self.folder / "run.json"
+        if run.exists() and run_folder.read_json(run)["fingerprint"] != images.fingerprint():
             raise InputError(f"{self.folder}: the images are not those of the run")
         return {"the class list": images.classes}
 
@@ -252,8 +252,9 @@ class Team:
         self.folder.mkdir(parents=True, exist_ok=True)
         for folder, whole in ((self.folder.parent, None), (self.folder, self.folder.parent.name)):
             if not (folder / "run.json").exists():
-                runs.write_run(folder, args, "federated", images, self.device, argv, part_of=whole)
-        runs.write_split(self.folder, images, split, self.own_clients(split))
+                run_folder.write_run(folder, args, "federated", images, self.device, argv,
+                                     part_of=whole)
+        run_folder.write_split(self.folder, images, split, self.own_clients(split))
 
     def begin(self, checkpoint: dict | None, model: torch.nn.Module, bn: str) -> dict:
         """Rank 0's checkpoint, on every rank: round, state, validation losses, local BatchNorm."""

@@ -11,14 +11,23 @@ import numpy as np
 import torch
 
 import data
-import fedavg
+import figures
 import interventions
 import metrics
 import models
 import report
-import runs
+import run_folder
 import splits
 from baselines import colour_only
+
+
+@torch.no_grad()
+def predict(model: torch.nn.Module, images: data.Images, indices: np.ndarray) -> torch.Tensor:
+    """Logits float32 [n, C] on the CPU, in eval mode and full precision; the state stays."""
+    device = next(model.parameters()).device
+    model.eval()
+    batches = torch.from_numpy(indices).split(data.EVAL_BATCH)
+    return torch.cat([model(data.eval_batch(images, b, device)).float().cpu() for b in batches])
 
 
 class Evaluation:
@@ -32,17 +41,17 @@ class Evaluation:
                  shares: dict[str, list[np.ndarray]] | None = None) -> None:
         self.model, self.images, self.split, self.shares = model, images, split, shares or {}
 
-    def logits(self, part: str, state: fedavg.State, local_bn: dict | None = None) -> np.ndarray:
+    def logits(self, part: str, state: models.State, local_bn: dict | None = None) -> np.ndarray:
         """float32 [n, C] in the order of the part."""
         indices = self.split[part]
         if not self.shares:
             self.model.load_state_dict(state)
-            return fedavg.predict(self.model, self.images, indices).numpy()
+            return predict(self.model, self.images, indices).numpy()
         pooled = np.empty((len(indices), len(self.images.classes)), np.float32)
         for client_id, share in enumerate(self.shares[part]):
             if len(share):
                 self.model.load_state_dict(state | (local_bn or {}).get(client_id, {}))
-                values = fedavg.predict(self.model, self.images, share).numpy()
+                values = predict(self.model, self.images, share).numpy()
                 pooled[np.searchsorted(indices, share)] = values
         return pooled
 
@@ -73,6 +82,17 @@ def is_stale(history: list[dict], patience: int) -> bool:
     return 0 < patience <= len(history) - 1 - best_index(history) if history else False
 
 
+def plateau_lr(losses: list[float], lr: float, patience: int = 5, factor: float = 0.2,
+               min_lr: float = 1e-6) -> float:
+    """The rate after validation losses so far: ReduceLROnPlateau as a function (Table 3)."""
+    best, bad = float("inf"), 0
+    for loss in losses if patience else []:
+        best, bad = (loss, 0) if loss < best * (1 - 1e-4) else (best, bad + 1)
+        if bad > patience:
+            lr, bad = min(lr, max(lr * factor, min_lr)), 0
+    return lr
+
+
 def unit_of(record: dict) -> str:
     return "round" if "round" in record else "epoch"
 
@@ -88,7 +108,7 @@ def save_progress(folder: Path, args: argparse.Namespace, model: torch.nn.Module
             image_size=args.image_size, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD,
             interventions=interventions.chosen(args), **{unit: checkpoint[unit]}),
             folder / "model.pt")
-    runs.append_history(folder, history[-1])
+    run_folder.append_history(folder, history[-1])
     models.save(checkpoint, folder / "last.pt")
 
 
@@ -109,19 +129,19 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation,
         results[name] = {unit: source[unit], **measured}
     labels = images.labels.numpy()
     results["colour_only"] = colour_only(images, split)
-    runs.write_predictions(folder, images, split, logits)
+    run_folder.write_predictions(folder, images, split, logits)
     test = results["best"]["test"]
-    report.plot_history(history, best[unit], folder / "history.png", unit)
-    report.plot_confusion(test["confusion"], images.classes, "best model, test",
+    figures.plot_history(history, best[unit], folder / "history.png", unit)
+    figures.plot_confusion(test["confusion"], images.classes, "best model, test",
                           folder / "confusion.png")
-    report.plot_roc(logits["test"], labels[split["test"]], images.classes, test["per_class"],
+    figures.plot_roc(logits["test"], labels[split["test"]], images.classes, test["per_class"],
                     folder / "roc.png")
     if clients is not None:
-        report.plot_clients(labels, clients, images.classes, folder / "clients.png")
+        figures.plot_clients(labels, clients, images.classes, folder / "clients.png")
     twins = splits.count_twins(images.digests, split["test"], split["train"])
-    runs.write_text(folder / "report.md", report.report_page(
-        folder, runs.read_json(folder / "run.json"), results, twins))
-    runs.write_json(folder / "results.json", results)  # last: it says that the run is complete
+    run_folder.write_text(folder / "report.md", report.report_page(
+        folder, run_folder.read_json(folder / "run.json"), results, twins))
+    run_folder.write_json(folder / "results.json", results)  # last: the run is complete
     report.print_summary(results, unit)
     print(f"report: {folder}/report.md")
     return results
@@ -145,22 +165,22 @@ def finish_sites(team, folder: Path | None, args: argparse.Namespace, evaluation
         pooled[name] = {"round": round_index,
                         **{part: team.pool(evaluation, part, x) for part, x in logits.items()}}
     own["colour_only"] = colour_only(images, split)
-    runs.write_predictions(team.folder, images, split, logits)
+    run_folder.write_predictions(team.folder, images, split, logits)
     models.save(models.bundle(evaluation.model, state, args.model, images.classes, local_bn={},
                               image_size=args.image_size, mean=data.IMAGENET_MEAN,
                               std=data.IMAGENET_STD, round=best,
                               interventions=interventions.chosen(args)), team.folder / "model.pt")
-    report.plot_confusion(own["best"]["test"]["confusion"], images.classes,
+    figures.plot_confusion(own["best"]["test"]["confusion"], images.classes,
                           f"{team.sites[team.rank]}, test", team.folder / "confusion.png")
-    runs.write_json(team.folder / "results.json", own)
+    run_folder.write_json(team.folder / "results.json", own)
     if folder is not None:
         pooled |= budget(checkpoint["history"]) | {"colour_only": []}
-        report.plot_history(checkpoint["history"], best, folder / "history.png")
-        report.plot_confusion(pooled["best"]["test"]["confusion"], images.classes,
+        figures.plot_history(checkpoint["history"], best, folder / "history.png")
+        figures.plot_confusion(pooled["best"]["test"]["confusion"], images.classes,
                               "best model, test parts of all sites", folder / "confusion.png")
-        runs.write_text(folder / "report.md", report.sites_page(
-            folder, runs.read_json(folder / "run.json"), pooled))
-        runs.write_json(folder / "results.json", pooled)
+        run_folder.write_text(folder / "report.md", report.sites_page(
+            folder, run_folder.read_json(folder / "run.json"), pooled))
+        run_folder.write_json(folder / "results.json", pooled)
         report.print_sites(pooled)
         print(f"report: {folder}/report.md")
 
@@ -177,7 +197,7 @@ def pool(folder: Path, images: data.Images, several: dict[str, splits.Split]) ->
     Means over them with sample standard deviation. Where their test parts are disjoint (folds),
     every image has one prediction made without it: those are pooled, with intervals.
     """
-    members = {name: runs.read_json(folder / name / "results.json") for name in several}
+    members = {name: run_folder.read_json(folder / name / "results.json") for name in several}
     first, tests = next(iter(members.values())), {n: m["best"]["test"] for n, m in members.items()}
     results = {key: first[key] for key in ("data", "synthetic", "fingerprint", "model")}
     results |= budget(list(members.values()))
@@ -189,28 +209,28 @@ def pool(folder: Path, images: data.Images, several: dict[str, splits.Split]) ->
                        for key in metrics.FIGURES}
     indices = np.concatenate([split["test"] for split in several.values()])
     if len(set(indices.tolist())) == len(indices):
-        parts = [runs.read_predictions(folder / name) for name in several]
+        parts = [run_folder.read_predictions(folder / name) for name in several]
         rows = {path: x for part in parts for path, x in zip(part.paths, part.logits, strict=True)}
         indices = np.sort(indices)
         logits = np.stack([rows[images.paths[i]] for i in indices])
         labels = images.labels.numpy()
         results["best"] = {"test": metrics.measure(logits, labels[indices], images.classes)}
         results["colour_only"] = pooled_colour(list(members.values()))
-        runs.write_predictions(folder, images,
+        run_folder.write_predictions(folder, images,
                                {name: s["test"] for name, s in several.items()},
                                {name: logits[np.searchsorted(indices, s["test"])]
                                 for name, s in several.items()})
-        report.plot_confusion(results["best"]["test"]["confusion"], images.classes,
+        figures.plot_confusion(results["best"]["test"]["confusion"], images.classes,
                               "out of fold", folder / "confusion.png")
-        report.plot_roc(logits, labels[indices], images.classes,
+        figures.plot_roc(logits, labels[indices], images.classes,
                         results["best"]["test"]["per_class"], folder / "roc.png")
-    report.plot_curves([runs.read_history(folder / name) for name in several],
+    figures.plot_curves([run_folder.read_history(folder / name) for name in several],
                        folder / "curves.png")
     twins = sum(splits.count_twins(images.digests, s["test"], s["train"])
                 for s in several.values())
-    runs.write_text(folder / "report.md", report.pooled_page(
-        folder, runs.read_json(folder / "run.json"), results, twins))
-    runs.write_json(folder / "results.json", results)
+    run_folder.write_text(folder / "report.md", report.pooled_page(
+        folder, run_folder.read_json(folder / "run.json"), results, twins))
+    run_folder.write_json(folder / "results.json", results)
     report.print_pooled(results)
     print(f"report: {folder}/report.md")
     return results

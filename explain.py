@@ -10,8 +10,6 @@ the weights, by its share of the scale-bar corner and of the background. All in 
 
 import argparse
 import copy
-import csv
-import io
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +23,13 @@ from tqdm import tqdm
 import attribution
 import data
 import faithfulness
+import figures
 import inference
 import interventions
 import metrics
 import models
-import pictures
 import report
-import runs
+import run_folder
 from checks import InputError, guard, integer, make_parser, number, warn
 from files import decode
 
@@ -76,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # ---- which images -------------------------------------------------------------------------------
 
-def choose(test: runs.Predictions, per_class: int) -> dict[str, str]:
+def choose(test: run_folder.Predictions, per_class: int) -> dict[str, str]:
     """Path → why: of each class `per_class` test images evenly spaced in path order, and errors."""
     chosen = {}
     for c in range(len(test.classes)):
@@ -91,7 +89,7 @@ def choose(test: runs.Predictions, per_class: int) -> dict[str, str]:
 
 def of_the_run(folder: Path, trained: inference.Trained, per_class: int) -> list[Subject]:
     """Test images of the run. Refuses data that changed; warns where predictions.csv differs."""
-    run, test = runs.read_json(folder / "run.json"), runs.read_predictions(folder)
+    run, test = run_folder.read_json(folder / "run.json"), run_folder.read_predictions(folder)
     images = data.load(argparse.Namespace(**run["arguments"]))
     if images.fingerprint() != run["fingerprint"]:
         raise InputError(f"{folder}: the images are no longer those of the run")
@@ -154,7 +152,7 @@ def check(subject: Subject, found: dict, args: argparse.Namespace,
     """Per method: deletion and random area, shares of corner and background (predicted class)."""
     target = subject.targets()[0]
     shape = tuple(subject.pixels.shape[1:])
-    corner, bright = faithfulness.rectangle(shape, args.rectangle), faithfulness.background(
+    corner, bright = faithfulness.rectangle(shape, args.rectangle), interventions.background(
         subject.pixels)
     chance = faithfulness.random_area(classify, subject.pixels, target, seed)
     out = {}
@@ -222,7 +220,7 @@ def verdicts(checks: list[dict], correlations: dict, subjects: list[Subject],
     """Per method every figure with n and 95 % interval, and what follows from it."""
     shape = tuple(subjects[0].pixels.shape[1:])
     areas = {"corner": float(faithfulness.rectangle(shape, args.rectangle).mean()),
-             "background": float(np.mean([faithfulness.background(s.pixels).mean()
+             "background": float(np.mean([interventions.background(s.pixels).mean()
                                           for s in subjects]))}
     out = {"images": len(checks), "area": areas, "rectangle": list(args.rectangle),
            "stages": list(STAGES), "methods": {}}
@@ -276,25 +274,23 @@ def write_table(out: Path, subjects: list[Subject], founds: list[dict], checks: 
             own = checked[method] if checked and target == s.targets()[0] else {}
             rows.append([s.path, "" if s.truth is None else classes[s.truth],
                          classes[s.p.argmax()], f"{s.p.max():.6f}", s.chosen, method,
-                         classes[target], name, f"{pictures.scale(values):.6g}",
+                         classes[target], name, f"{figures.scale(values):.6g}",
                          *("" if own.get(k) is None else f"{own[k]:.6f}" for k in keys)])
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    runs.write_text(out / "explanations.csv", buffer.getvalue())
+    run_folder.write_csv(out / "explanations.csv", rows)
 
 
 def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject]) -> None:
     """explanations/report.md and .json, and the verdicts in the run's own report.md."""
     table = verdict_table(found)
     listed = "\n".join(f"- {s.path} ({s.chosen})" for s in subjects)
-    figures = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(out.glob("*.png")))
-    runs.write_text(out / "report.md", f"# Explanations of {folder.name}\n\n{table}\n\n## Images\n"
-                    f"\n{listed}\n\n## Figures\n\n{figures}\n")
-    runs.write_json(out / "explanations.json", found)
+    drawn = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(out.glob("*.png")))
+    run_folder.write_text(out / "report.md", f"# Explanations of {folder.name}\n\n{table}\n\n"
+                          f"## Images\n\n{listed}\n\n## Figures\n\n{drawn}\n")
+    run_folder.write_json(out / "explanations.json", found)
     page = folder / "report.md"
     if page.exists():
         before = page.read_text("utf-8").partition("\n\n## Explanations")[0]
-        runs.write_text(page, f"{before}\n\n## Explanations\n\n{table}\n\n"
+        run_folder.write_text(page, f"{before}\n\n## Explanations\n\n{table}\n\n"
                         "Pictures and raw maps: explanations/report.md\n")
 
 
@@ -329,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(out)  # an earlier answer to the same question
     out.mkdir()
     write_table(out, subjects, founds, checks, trained.classes)
-    pictures.write(out, subjects, founds, trained.classes, METHODS)
+    figures.write(out, subjects, founds, trained.classes, METHODS)
     write_report(folder, out, found, subjects)
     print(verdict_table(found))
     print(f"\nreport: {out}/report.md")

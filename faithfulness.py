@@ -9,7 +9,6 @@ from scipy.integrate import trapezoid
 from scipy.stats import spearmanr
 from torch import Tensor
 
-State = dict[str, Tensor]
 GRID = 14  # cells a side that deletion removes; 16 pixels each at 224
 PER_STEP = 14  # cells removed between two looks
 
@@ -52,7 +51,7 @@ def random_area(classify: Callable[[Tensor], np.ndarray], pixels: Tensor, target
                           for _ in range(orders)]))
 
 
-def randomised(model: torch.nn.Module, fresh: State, share: float) -> State:
+def randomised(model: torch.nn.Module, fresh: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """`model`'s state with the top `share` of its layers, from the head down, those of an untrained
     network of the same kind (cascading randomisation, Adebayo et al. 2018)."""
     layers = [name for name, module in model.named_modules()
@@ -87,10 +86,3 @@ def rectangle(shape: tuple[int, int], box: tuple[float, float, float, float]) ->
     rows, columns = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
     inside = (columns >= box[0]) & (columns < box[2])
     return ((rows >= box[1]) & (rows < box[3]))[:, None] & inside
-
-
-def background(pixels: Tensor) -> np.ndarray:
-    """bool [H, W]: the brightest quarter of the pixels by luminance (ties included)."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    luminance = (pixels.float() * weights).sum(0).numpy()
-    return luminance >= np.quantile(luminance, 0.75)

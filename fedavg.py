@@ -19,11 +19,25 @@ from torch import Tensor, nn
 
 import data
 import models
+from augment import Augmentation
 from checks import InputError, warn
-from recipes import Recipe
+from models import State
 
-State = dict[str, Tensor]
-EVAL_BATCH = 64  # memory only: float32 evaluation does not depend on it
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one client trains (Table 3 and section 3.4 of the paper)."""
+    batch_size: int = 32
+    optimizer: str = "adamw"
+    weight_decay: float = 1e-4
+    momentum: float = 0.9  # SGD only
+    clip: float = 1.0  # global gradient norm, 0 = off
+    label_smoothing: float = 0.0
+    sampler: str = "shuffle"
+    expand: int = 1  # times each image is drawn per epoch
+    mu: float = 0.0  # FedProx
+    augmentation: Augmentation | None = None
+    amp_dtype: torch.dtype | None = None  # of autocast; None = float32
 
 
 def random_keys(*parts: int) -> tuple[int, int]:
@@ -99,17 +113,6 @@ def weighted_average(updates: Iterable[tuple[State, int]]) -> State:
     return weighted_sum(updates).mean()
 
 
-def plateau_lr(losses: list[float], lr: float, patience: int = 5, factor: float = 0.2,
-               min_lr: float = 1e-6) -> float:
-    """The rate after validation losses so far: ReduceLROnPlateau as a function (Table 3)."""
-    best, bad = float("inf"), 0
-    for loss in losses if patience else []:
-        best, bad = (loss, 0) if loss < best * (1 - 1e-4) else (best, bad + 1)
-        if bad > patience:
-            lr, bad = min(lr, max(lr * factor, min_lr)), 0
-    return lr
-
-
 def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State], chosen: list[int],
               clients: list[np.ndarray], images: data.Images, recipe: Recipe, *, bn: str, lr: float,
               local_epochs: int, class_weights: Tensor | None, seed: int, round_index: int,
@@ -164,7 +167,8 @@ def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State],
         kept = [clients[r["client"]] for r in records if not r["left_out"]]
         moments = mean(weighted_sum((models.batchnorm_moments(model, new_state, (
             data.eval_batch(images, b, device)
-            for b in data.batch_slices(torch.from_numpy(k), EVAL_BATCH))), len(k)) for k in kept),
+            for b in data.batch_slices(torch.from_numpy(k), data.EVAL_BATCH))), len(k))
+            for k in kept),
             {k: v.double() for k, v in new_state.items() if k in models.moment_keys(model)})
         new_state |= models.pooled_batchnorm(new_state, moments)
     return new_state, dict(sorted(local_bn.items())), records
@@ -272,12 +276,3 @@ def train_step(model: nn.Module, batch: Tensor, targets: Tensor, recipe: Recipe,
     scaler.update()
     correct = (logits.detach().argmax(1) == targets).sum()
     return loss.detach(), correct, scaler.get_scale() >= scale
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: data.Images, indices: np.ndarray) -> Tensor:
-    """Logits float32 [n, C] on the CPU, in eval mode and full precision; the state stays."""
-    device = next(model.parameters()).device
-    model.eval()
-    batches = torch.from_numpy(indices).split(EVAL_BATCH)
-    return torch.cat([model(data.eval_batch(images, b, device)).float().cpu() for b in batches])

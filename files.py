@@ -53,6 +53,15 @@ def class_name(folder: Path) -> str:
     return CLASS_NAMES.get(folder.name.lower(), folder.name)
 
 
+def class_root(root: Path, path: str) -> Path:
+    """The folder that `path` of a data set is relative to: `root`, or what it steps into."""
+    while not (root / path).exists():
+        inner = [p for p in sorted(root.iterdir()) if p.is_dir()]
+        original = [p for p in inner if p.name.lower() == "original"]
+        root = (original or inner)[0]
+    return root
+
+
 def _walk_error(error: OSError) -> None:
     raise error
 

@@ -7,6 +7,7 @@ the same mean in all three channels (Buchsbaum 1980), so that stain and white ba
 import argparse
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,3 +61,10 @@ def grey_world(image: Tensor) -> Tensor:
     values = image.float()
     means = values.mean((1, 2), keepdim=True).clamp_min(1e-6)
     return (values * means.mean() / means).round().clamp(0, 255).to(image.dtype)
+
+
+def background(pixels: Tensor) -> np.ndarray:
+    """bool [H, W]: the brightest quarter of the pixels by luminance (ties included)."""
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    luminance = (pixels.float() * weights).sum(0).numpy()
+    return luminance >= np.quantile(luminance, 0.75)

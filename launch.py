@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import checks
 import distributed
-import runs
+import run_folder
 
 # Seconds for the first process of a machine to say what another would have to: mostly it fails too.
 PATIENCE = 5
@@ -28,8 +28,8 @@ def continued(argv: list[str]) -> list[str]:
     places = [Path(x) for x in out] or sorted(
         (p.parent for p in Path("runs").glob("*/run.json")), key=lambda p: p.stat().st_mtime)
     mine = [p for p in places if (p / "run.json").exists()
-            and runs.read_json(p / "run.json").get("launcher") == runs.launcher()]
-    return [*runs.without(argv, "--out"), "--resume", str(mine[-1])] if mine else argv
+            and run_folder.read_json(p / "run.json").get("launcher") == run_folder.launcher()]
+    return [*run_folder.without(argv, "--out"), "--resume", str(mine[-1])] if mine else argv
 
 
 def launch(main: Callable[[list[str], distributed.Team], None]) -> None:

@@ -208,7 +208,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """Autocast dtype of `--amp`; None is plain float32. For training: `recipes.make_recipe`."""
+    """Autocast dtype of `--amp`; None is plain float32. For training: `recipe.make_recipe`."""
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":  # emulated bf16 would be ten times slower than float32

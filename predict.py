@@ -7,8 +7,6 @@
 Exit code 1 where an image could not be read; the others are done.
 """
 
-import csv
-import io
 import json
 import sys
 import time
@@ -24,7 +22,7 @@ import interventions
 import metrics
 import models
 import report
-import runs
+import run_folder
 from checks import InputError, guard, integer, make_parser, warn
 from files import CLASS_NAMES, decode, find_files
 
@@ -95,14 +93,14 @@ def temperature(folder: Path) -> float:
     """`temperature.json` of the run; fitted on its validation predictions if not yet there."""
     path = folder / "temperature.json"
     if not path.exists():
-        val = runs.read_predictions(folder, "val")
+        val = run_folder.read_predictions(folder, "val")
         value = metrics.fit_temperature(val.logits, val.labels)
         before, after = (metrics.measure(val.logits / t, val.labels, val.classes)
                          for t in (1.0, value))
-        runs.write_json(path, {
+        run_folder.write_json(path, {
             "temperature": value, "fitted_on": "validation part", "n": len(val.labels),
             **{key: [before[key], after[key]] for key in ("loss", "ece")}})
-    return runs.read_json(path)["temperature"]
+    return run_folder.read_json(path)["temperature"]
 
 
 def predict(trained: inference.Trained, files: list[Path],
@@ -158,9 +156,7 @@ def write_csv(path: Path, files: list[Path], labels: list[str], logits: np.ndarr
         p = np.exp(logits[i] - np.logaddexp.reduce(logits[i]))
         rows.append([files[i], classes[p.argmax()], *(f"{x:.9g}" for x in p),
                      f"{seconds[i]:.6f}", labels[i]])
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    runs.write_text(path, buffer.getvalue())
+    run_folder.write_csv(path, rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -183,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(files) - len(bad)} images to {out}" + (f", temperature {t:.3f}" if t != 1 else ""))
     figures = evaluate(logits, labels, trained.classes)
     if figures is not None:
-        runs.write_json(out.with_suffix(".json"), figures)
+        run_folder.write_json(out.with_suffix(".json"), figures)
         unlabelled = len(files) - len(bad) - figures["n"]
         report.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[
             figures["n"], report.show(figures["accuracy"]),

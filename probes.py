@@ -10,10 +10,11 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 
-import faithfulness
+import interventions
 import metrics
 from baselines import colour_statistics, make_classifier
 from data import Images
+from files import class_root
 from interventions import CORNER
 
 FRAME = 0.04  # width of the border frame, share of the side
@@ -28,7 +29,7 @@ def masked_statistics(pixels: np.ndarray, masks: np.ndarray) -> np.ndarray:
 def background(images: Images) -> np.ndarray:
     """Colour of the brightest quarter of each image: the glass between the cells."""
     pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
-    masks = np.stack([faithfulness.background(image.cpu()) for image in images.pixels])
+    masks = np.stack([interventions.background(image.cpu()) for image in images.pixels])
     return masked_statistics(pixels, masks)
 
 
@@ -66,15 +67,6 @@ def header(images: Images, root: Path) -> np.ndarray:
     return np.array(rows, dtype=np.float64)
 
 
-def class_root(root: Path, images: Images) -> Path:
-    """The folder that the paths of `images` are relative to (a wrapping folder may lie between)."""
-    while not (root / images.paths[0]).exists():
-        inner = [p for p in sorted(root.iterdir()) if p.is_dir()]
-        original = [p for p in inner if p.name.lower() == "original"]
-        root = (original or inner)[0]
-    return root
-
-
 def features(images: Images, root: Path | None) -> dict[str, np.ndarray]:
     """Probe name → float [n, d], NaN-free. The header needs files on disk (`root`)."""
     pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
@@ -83,7 +75,7 @@ def features(images: Images, root: Path | None) -> dict[str, np.ndarray]:
              "background only": background(images), "scale-bar corner only": corner(images),
              "border frame only": frame(images)}
     if root is not None:
-        found["file size and header only"] = header(images, class_root(root, images))
+        found["file size and header only"] = header(images, class_root(root, images.paths[0]))
     return found
 
 

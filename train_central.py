@@ -7,7 +7,6 @@
 """
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
@@ -19,10 +18,11 @@ import data
 import evaluation
 import fedavg
 import models
-import recipes
-import runs
+import run_folder
 import splits
 from checks import InputError, guard, integer, number, warn
+from recipe import add_arguments as add_recipe_arguments
+from recipe import make_recipe
 
 # What the demonstration sets for itself where --data is not given; every flag still overrides.
 DEMONSTRATION = {"model": "resnet18", "weights": "none", "image_size": 32, "batch_size": 32,
@@ -42,10 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a federated run, validated every local-epochs epochs")
 
 
+GROUPS = (data.add_arguments, models.add_arguments, add_arguments, add_recipe_arguments)
+
+
 def defaults(args: argparse.Namespace) -> dict:
     """Defaults of the flags that were not given: those of the run to be like, else by the data."""
     if args.like is not None:
-        run = runs.read_json(Path(args.like) / "run.json")
+        run = run_folder.read_json(Path(args.like) / "run.json")
         if "rounds" not in run["arguments"]:
             raise InputError(f"--like {args.like}: a run of {run['script']}, not a federated one")
         recorded = dict(run["arguments"])
@@ -67,7 +70,7 @@ def prepare(args: argparse.Namespace) -> tuple:
     if args.like is not None and args.folds > 1:
         raise InputError("--like copies one split: --folds 1")
     device = models.pick_device(args.device)
-    recipes.make_recipe(args, device)  # refused now rather than with a folder begun
+    make_recipe(args, device)  # refused now rather than with a folder begun
     images = data.load(args)
     if args.folds == 1:
         several = {"": data.make_split(args, images)}
@@ -86,15 +89,10 @@ def prepare(args: argparse.Namespace) -> tuple:
 
 def check_like(folder: Path, images: data.Images, split: splits.Split) -> None:
     """The split must be that of the run to be like, image by image."""
-    try:
-        with open(folder / "split.csv", encoding="utf-8", newline="") as file:
-            there = [(row["path"], row["split"]) for row in csv.DictReader(file)]
-    except FileNotFoundError:
-        raise InputError(f"--like {folder}: not a run of one network, it has no "
-                         "split.csv") from None
-    if runs.read_json(folder / "run.json")["fingerprint"] != images.fingerprint():
+    there = [(row["path"], row["split"]) for row in run_folder.read_split(folder)]
+    if run_folder.read_json(folder / "run.json")["fingerprint"] != images.fingerprint():
         raise InputError(f"--like {folder}: the images are not those of the run")
-    parts = runs.part_names(split, len(images.paths))
+    parts = run_folder.part_names(split, len(images.paths))
     if there != list(zip(images.paths, parts, strict=True)):
         raise InputError(f"--like {folder}: the flags here do not give its split")
 
@@ -110,7 +108,7 @@ def train_alone(args: argparse.Namespace, folder: Path, images: data.Images, spl
     if (folder / "results.json").exists():
         return
     device = next(model.parameters()).device
-    recipe = recipes.make_recipe(args, device)
+    recipe = make_recipe(args, device)
     part = evaluation.Evaluation(model, images, split)
     weights = None if args.class_weights == "none" else fedavg.class_weights(
         images.labels.numpy()[split["train"]], len(images.classes), device)
@@ -123,7 +121,7 @@ def train_alone(args: argparse.Namespace, folder: Path, images: data.Images, spl
         if evaluation.is_stale(validated, args.early_stop):
             print(f"early stop: no better validation loss for {args.early_stop} validations")
             break
-        lr = fedavg.plateau_lr(evaluation.val_losses(validated), args.lr, args.plateau)
+        lr = evaluation.plateau_lr(evaluation.val_losses(validated), args.lr, args.plateau)
         for group in trainer[0].param_groups:
             group["lr"] = lr
         began = time.perf_counter()
@@ -152,10 +150,10 @@ def train_alone(args: argparse.Namespace, folder: Path, images: data.Images, spl
 def start_or_resume(folder: Path, images: data.Images, split: splits.Split, start: fedavg.State,
                     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict:
     """The checkpoint to go on from; fills optimiser and scaler from it."""
-    checkpoint = runs.last_checkpoint(folder)
+    checkpoint = run_folder.last_checkpoint(folder)
     if checkpoint is None:
-        runs.write_split(folder, images, split, [])
-        runs.write_history(folder, [])
+        run_folder.write_split(folder, images, split, [])
+        run_folder.write_history(folder, [])
         return {"epoch": 0, "state": models.moved(start, "cpu"), "local_bn": {}, "history": []}
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
@@ -188,7 +186,7 @@ def train_parts(args: argparse.Namespace, folder: Path, images: data.Images,
         part = folder / name
         part.mkdir(exist_ok=True)
         if not (part / "run.json").exists():
-            runs.write_run(part, args, script, images, device, argv, part_of=folder.name)
+            run_folder.write_run(part, args, script, images, device, argv, part_of=folder.name)
         print(f"---- {name}: {len(split['train'])} training, {len(split['val'])} validation, "
               f"{len(split['test'])} test images", flush=True)
         train_alone(args, part, images, split, model, start, i if script == "federated" else 0)
@@ -196,15 +194,14 @@ def train_parts(args: argparse.Namespace, folder: Path, images: data.Images,
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = runs.parse(__doc__, (data.add_arguments, models.add_arguments, add_arguments,
-                                recipes.add_arguments), defaults, argv)
+    args = run_folder.parse(__doc__, GROUPS, defaults, argv)
     images, several, model, device = prepare(args)
-    folder = runs.begin(args, "central", images, device, argv)
-    with runs.resumable(folder, "central"):
+    folder = run_folder.begin(args, "central", images, device, argv)
+    with run_folder.resumable(folder, "central"):
         if args.seeds or args.models:
             flags = ("--seeds", args.seeds, "--seed") if args.seeds else (
                 "--models", args.models, "--model")
-            compare.write(folder, runs.each(main, folder, *flags))
+            compare.write(folder, run_folder.each(main, folder, *flags))
             return
         print(f"run folder: {folder}; {args.model} on {device}")
         images.pixels = images.pixels.to(device)  # once; batches are gathered there
@@ -212,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
             train_alone(args, folder, images, several[""], model, model.state_dict())
         else:
             tests = {name: split["test"] for name, split in several.items()}
-            runs.write_split(folder, images, tests, [])
+            run_folder.write_split(folder, images, tests, [])
             train_parts(args, folder, images, several, model, "central", argv)
 
 

@@ -22,12 +22,13 @@ import data
 import evaluation
 import fedavg
 import models
-import recipes
 import report
-import runs
+import run_folder
 import splits
 import train_central
 from checks import InputError, guard, integer, number, warn
+from recipe import add_arguments as add_recipe_arguments
+from recipe import make_recipe
 
 # What the demonstration sets for itself where --data is not given; every flag still overrides.
 DEMONSTRATION = {"model": "resnet18", "weights": "none", "image_size": 40, "batch_size": 16,
@@ -54,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--classes", nargs="+", metavar="CLASS", help="of all sites (default: the four)")
     add("--share-scores", action="store_true",
         help="sites send the probabilities of their test images too, which AUC needs")
+
+
+GROUPS = (data.add_arguments, data.add_client_arguments, models.add_arguments, add_arguments,
+          add_recipe_arguments)
 
 
 def defaults(args: argparse.Namespace) -> dict:
@@ -120,7 +125,7 @@ def train_sites(args: argparse.Namespace, folder: Path, images: data.Images, spl
     """--local-only: what each hospital reaches without the others, same start and same budget."""
     alone = argparse.Namespace(**vars(args), epochs=args.rounds * args.local_epochs,
                                period=args.local_epochs)
-    runs.write_split(folder, images, split, clients)
+    run_folder.write_split(folder, images, split, clients)
     sites = {f"client{k}": {**split, "train": owned} for k, owned in enumerate(clients)}
     train_central.train_parts(alone, folder, images, sites, model, "federated", argv)
 
@@ -128,36 +133,35 @@ def train_sites(args: argparse.Namespace, folder: Path, images: data.Images, spl
 def start_or_resume(folder: Path, images: data.Images, split: splits.Split,
                     clients: list[np.ndarray], model: torch.nn.Module) -> dict:
     """The checkpoint to go on from; a new run begins with its split and starting state on disk."""
-    checkpoint = runs.last_checkpoint(folder)
+    checkpoint = run_folder.last_checkpoint(folder)
     if checkpoint is None:
         checkpoint = {"round": 0, "state": models.moved(model.state_dict(), "cpu"), "local_bn": {},
                       "history": []}
-        runs.write_split(folder, images, split, clients)
-        runs.write_history(folder, [])
+        run_folder.write_split(folder, images, split, clients)
+        run_folder.write_history(folder, [])
         models.save(checkpoint, folder / "last.pt")
     return checkpoint
 
 
 def main(argv: list[str] | None = None, team=None) -> None:
-    args = runs.parse(__doc__, (data.add_arguments, data.add_client_arguments, models.add_arguments,
-                                add_arguments, recipes.add_arguments), defaults, argv)
+    args = run_folder.parse(__doc__, GROUPS, defaults, argv)
     if team:
         team.join(args)
     with team.agreement(args) if team else nullcontext({}) as facts:
         images, split, clients, model, device = prepare(args, team)
-        recipe = recipes.make_recipe(args, device)
+        recipe = make_recipe(args, device)
         folder = None  # of rank 0: only it writes
         if team is None or team.rank == 0:
-            folder = runs.begin(args, "federated", images, device, argv)
+            folder = run_folder.begin(args, "federated", images, device, argv)
         if team:
             facts |= team.facts(images) | {"the precision of --amp": recipe.amp_dtype}
     if args.seeds:
-        compare.write(folder, runs.each(main, folder, "--seeds", args.seeds, "--seed"))
+        compare.write(folder, run_folder.each(main, folder, "--seeds", args.seeds, "--seed"))
         return
     print(f"run folder: {folder}; {args.model} on {device}, "
           f"{'float32' if recipe.amp_dtype is None else f'autocast {recipe.amp_dtype}'}")
     images.pixels = images.pixels.to(device)  # once; batches are gathered there
-    with runs.resumable(folder, "federated"):
+    with run_folder.resumable(folder, "federated"):
         if args.local_only:
             train_sites(args, folder, images, split, clients, model, argv)
             return
@@ -172,7 +176,7 @@ def main(argv: list[str] | None = None, team=None) -> None:
         shares = None if args.bn != "local" else {
             part: splits.deal_like(labels, split[part], clients, args.split_seed)
             for part in ("val", "test")}
-        parts = evaluation.Evaluation(model, images, split, shares)
+        measured = evaluation.Evaluation(model, images, split, shares)
         weights = None if args.class_weights == "none" else fedavg.class_weights(
             train_labels, len(classes), device)
         state, history = models.moved(checkpoint["state"], device), checkpoint["history"]
@@ -184,7 +188,7 @@ def main(argv: list[str] | None = None, team=None) -> None:
                 break
             began = time.perf_counter()
             chosen = fedavg.sample_clients(args.clients, args.fraction, args.seed, round_index)
-            lr = fedavg.plateau_lr(evaluation.val_losses(history), args.lr, args.plateau)
+            lr = evaluation.plateau_lr(evaluation.val_losses(history), args.lr, args.plateau)
             mine = team.mine(chosen) if team else chosen
             total = args.local_epochs * args.expand * sum(len(clients[k]) for k in mine)
             with tqdm(total=total, desc=f"round {round_index}/{args.rounds}", unit="image",
@@ -194,8 +198,8 @@ def main(argv: list[str] | None = None, team=None) -> None:
                     local_epochs=args.local_epochs, class_weights=weights, seed=args.seed,
                     round_index=round_index, progress=bar.update)
             seconds = time.perf_counter() - began
-            val = (team.validate(parts, state, local_bn) if team else
-                   parts.measure("val", parts.logits("val", state, local_bn)))
+            val = (team.validate(measured, state, local_bn) if team else
+                   measured.measure("val", measured.logits("val", state, local_bn)))
             history.append(make_record(round_index, lr, records, val, seconds))
             print_round(history[-1], args.rounds)
             checkpoint = {"round": round_index, "state": models.moved(state, "cpu"),
@@ -204,9 +208,9 @@ def main(argv: list[str] | None = None, team=None) -> None:
             if folder:
                 evaluation.save_progress(folder, args, model, classes, checkpoint)
         if team and team.sites:
-            evaluation.finish_sites(team, folder, args, parts, checkpoint)
+            evaluation.finish_sites(team, folder, args, measured, checkpoint)
         elif folder:
-            evaluation.finish(folder, args, parts, checkpoint, clients)
+            evaluation.finish(folder, args, measured, checkpoint, clients)
 
 
 if __name__ == "__main__":

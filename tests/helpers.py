@@ -163,7 +163,7 @@ def same_run(a, b):
 KILLER = """
 import os, signal, sys
 import torch
-import evaluation, fedavg, models, runs, train_central, train_federated
+import evaluation, fedavg, models, run_folder, train_central, train_federated
 point, count, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 calls = 0
 def maybe(name):
@@ -182,8 +182,8 @@ def half_saved(content, file):
         os.kill(os.getpid(), signal.SIGKILL)
     save(content, file)
 torch.save = half_saved
-for module, function in ((fedavg, 'train_step'), (runs, 'append_history'), (os, 'replace'),
-                         (evaluation, 'finish'), (runs, 'write_predictions')):
+for module, function in ((fedavg, 'train_step'), (run_folder, 'append_history'), (os, 'replace'),
+                         (evaluation, 'finish'), (run_folder, 'write_predictions')):
     def wrapped(*a, original=getattr(module, function), name=function, **k):
         maybe(name)
         return original(*a, **k)

@@ -11,12 +11,13 @@ from helpers import CPU, PLAIN, BNNet, clone, equal, plain_net, run_round, toy_i
 from torch import nn
 
 import data
+import evaluation
 import fedavg
 import models
-import recipes
 from augment import Augmentation
 from checks import InputError
 from fedavg import Recipe, weighted_average
+from recipe import TOO_SMALL_FOR_BF16, make_recipe
 
 # ---- the oracle: E = 1, full batch, plain SGD, no BatchNorm ------------------------------------
 
@@ -380,8 +381,8 @@ def test_evaluation_changes_nothing_and_does_not_depend_on_the_batch_size(monkey
     before = torch.get_rng_state()
     logits = {}
     for size in (1, 4, 64):
-        monkeypatch.setattr(fedavg, "EVAL_BATCH", size)
-        logits[size] = fedavg.predict(model, images, np.arange(13))
+        monkeypatch.setattr(data, "EVAL_BATCH", size)
+        logits[size] = evaluation.predict(model, images, np.arange(13))
     assert equal(model.state_dict(), start) and torch.equal(torch.get_rng_state(), before)
     for size in (4, 64):
         torch.testing.assert_close(logits[size], logits[1], rtol=0, atol=1e-6)
@@ -484,7 +485,7 @@ def test_precision_flags(monkeypatch):
 
 def test_bf16_is_left_where_its_gradients_are_garbage(monkeypatch):
     def dtype(amp, size, device):
-        return recipes.make_recipe(argparse.Namespace(
+        return make_recipe(argparse.Namespace(
             amp=amp, image_size=size, no_augment=True), torch.device(device)).amp_dtype
     monkeypatch.setattr(models, "pick_precision", lambda amp, device: torch.bfloat16)
     assert dtype("auto", 16, "cpu") is None and dtype("auto", 16, "cuda") == torch.bfloat16
@@ -497,7 +498,7 @@ def test_bf16_is_left_where_its_gradients_are_garbage(monkeypatch):
 def test_bf16_steps_repeat_whatever_lay_in_memory(name):
     """At the smallest size allowed. At one pixel less the weight gradients of the last strided
     convolutions are not written on an AVX512-bf16 machine, and this fails there."""
-    size = recipes.TOO_SMALL_FOR_BF16 + 1
+    size = TOO_SMALL_FOR_BF16 + 1
     batch = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     batch = batch.contiguous(memory_format=torch.channels_last)
     recipe = Recipe(batch_size=4, amp_dtype=torch.bfloat16)
@@ -543,9 +544,9 @@ def test_learning_rate_equals_reduce_on_plateau_as_a_function_of_the_losses():
             optimizer, factor=0.2, patience=patience, min_lr=1e-6)
         seen = set()
         for i, loss in enumerate(losses):
-            assert fedavg.plateau_lr(losses[:i], 1e-4, patience) == pytest.approx(
+            assert evaluation.plateau_lr(losses[:i], 1e-4, patience) == pytest.approx(
                 optimizer.param_groups[0]["lr"], rel=1e-12)
             seen.add(optimizer.param_groups[0]["lr"])
             reference.step(loss)
         assert len(seen) > 2
-    assert fedavg.plateau_lr([1.0] * 50, 1e-4, patience=0) == 1e-4  # off
+    assert evaluation.plateau_lr([1.0] * 50, 1e-4, patience=0) == 1e-4  # off

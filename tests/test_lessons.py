@@ -71,7 +71,7 @@ def test_lesson_2_the_running_statistics_stay_at_their_first_day():
 
 def test_lesson_3_predictions_depend_on_the_batch_and_change_the_model():
     images = toy_images(8)
-    for module, spoilt in ((fedavg, False), (broken(3), True)):
+    for module, spoilt in ((evaluation, False), (broken(3), True)):
         model = BNNet()
         before = clone(model.state_dict())
         torch.manual_seed(0)

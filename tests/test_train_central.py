@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from helpers import BASE, ROOT, SMALL, equal, history, kill, same_run, script, train
 
-import data
+import evaluation
 import fedavg
 import metrics
 import models
-import recipes
-import runs
+import run_folder
 import train_central
 import train_federated
 from checks import InputError
@@ -176,9 +175,8 @@ def test_every_fold_starts_alike_and_has_its_own_split(folds_run):
 def test_the_last_fold_does_not_depend_on_those_before(folds_run, tree, tmp_path):
     """Folds are runs of their own: trained alone, the third gives the same bytes."""
     out, _ = folds_run
-    args = runs.parse("x", (data.add_arguments, models.add_arguments, train_central.add_arguments,
-                            recipes.add_arguments), train_central.defaults,
-                      ["--data", str(tree), *SMALL, *FOLDS])
+    args = run_folder.parse("x", train_central.GROUPS, train_central.defaults,
+                            ["--data", str(tree), *SMALL, *FOLDS])
     images, several, model, _ = train_central.prepare(args)
     (tmp_path / "fold3").mkdir()
     (tmp_path / "fold3" / "run.json").write_text((out / "fold3" / "run.json").read_text())
@@ -204,7 +202,7 @@ def test_inner_val_0_trains_a_fixed_time_and_scores_the_last_epoch(tree, tmp_pat
 
 def test_a_folds_test_part_is_touched_after_its_training_only(tree, tmp_path, monkeypatch):
     folds = []  # of each: its split, its steps, and its looks as (steps so far, images)
-    predict, step, alone = fedavg.predict, fedavg.train_step, train_central.train_alone
+    predict, step, alone = evaluation.predict, fedavg.train_step, train_central.train_alone
 
     def noted(args, folder, images, split, *rest):
         folds.append({"split": split, "steps": 0, "looks": []})
@@ -217,7 +215,7 @@ def test_a_folds_test_part_is_touched_after_its_training_only(tree, tmp_path, mo
     def stepped(*args, **kwargs):
         folds[-1]["steps"] += 1
         return step(*args, **kwargs)
-    monkeypatch.setattr(fedavg, "predict", counted)
+    monkeypatch.setattr(evaluation, "predict", counted)
     monkeypatch.setattr(fedavg, "train_step", stepped)
     monkeypatch.setattr(train_central, "train_alone", noted)
     central(tree, tmp_path / "run", *FOLDS)
@@ -300,9 +298,7 @@ def test_networks_in_turn_and_their_table(tree, tmp_path, capsys):
 
 def test_defaults_are_the_papers_and_the_demonstrations():
     def parse(*argv):
-        return runs.parse("x", (data.add_arguments, models.add_arguments,
-                                train_central.add_arguments, recipes.add_arguments),
-                          train_central.defaults, list(argv))
+        return run_folder.parse("x", train_central.GROUPS, train_central.defaults, list(argv))
     paper = parse("--data", "x")
     assert (paper.model, paper.folds, paper.epochs, paper.split, paper.inner_val, paper.lr,
             paper.plateau, paper.early_stop, paper.period, paper.bn) == (

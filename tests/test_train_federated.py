@@ -14,8 +14,7 @@ import evaluation
 import fedavg
 import metrics
 import models
-import recipes
-import runs
+import run_folder
 import train_federated
 
 # momentum, partial participation, non-IID: whatever a resume could get wrong
@@ -71,7 +70,7 @@ def test_results_are_those_of_the_checkpoints_reloaded(hard_run, tree):
         assert results[which]["round"] == content["round"]
         for part in ("val", "test"):
             index = np.array([i for i, p in enumerate(images.paths) if parts[p] == part])
-            logits = fedavg.predict(model, images, index)
+            logits = evaluation.predict(model, images, index)
             m = metrics.measure(logits.numpy(), images.labels.numpy()[index], images.classes)
             assert m["loss"] == pytest.approx(results[which][part]["loss"], abs=1e-5)
             assert m["confusion"] == results[which][part]["confusion"]
@@ -142,7 +141,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tree, tmp_path, monkeypatch,
 def test_test_part_is_touched_after_training_only_and_evaluating_changes_nothing(
         tree, tmp_path, monkeypatch):
     seen, steps = [], []
-    predict, step = fedavg.predict, fedavg.train_step
+    predict, step = evaluation.predict, fedavg.train_step
 
     def counted(model, images, indices):
         seen.append((len(steps), set(indices.tolist())))
@@ -151,7 +150,7 @@ def test_test_part_is_touched_after_training_only_and_evaluating_changes_nothing
     def stepped(*args, **kwargs):
         steps.append(1)
         return step(*args, **kwargs)
-    monkeypatch.setattr(fedavg, "predict", counted)
+    monkeypatch.setattr(evaluation, "predict", counted)
     monkeypatch.setattr(fedavg, "train_step", stepped)
     one = train(tree, tmp_path / "one")
     rows = list(csv.DictReader((one / "split.csv").open()))
@@ -160,7 +159,7 @@ def test_test_part_is_touched_after_training_only_and_evaluating_changes_nothing
     assert touched and set(touched) == {len(steps)}
     assert all(not indices & test or indices == test for _, indices in seen)
     # twice the evaluations, the same training
-    monkeypatch.setattr(fedavg, "predict", lambda *a: (predict(*a), predict(*a))[1])
+    monkeypatch.setattr(evaluation, "predict", lambda *a: (predict(*a), predict(*a))[1])
     assert same_run(one, train(tree, tmp_path / "two"))
 
 
@@ -199,10 +198,10 @@ def test_each_client_is_measured_with_its_own_batchnorm():
     for row, index in zip(measured, part, strict=True):
         owner = next(k for k, share in enumerate(shares) if index in share)
         model.load_state_dict(state | local_bn.get(owner, {}))
-        alone = fedavg.predict(model, images, np.array([index]))[0].numpy()
+        alone = evaluation.predict(model, images, np.array([index]))[0].numpy()
         assert row == pytest.approx(alone, rel=1e-5)
         model.load_state_dict(state)
-        shared = fedavg.predict(model, images, np.array([index]))[0].numpy()
+        shared = evaluation.predict(model, images, np.array([index]))[0].numpy()
         assert (row == pytest.approx(shared, rel=1e-3)) == (owner == 2)
 
 
@@ -268,11 +267,8 @@ def test_all_updates_lost_stops_with_the_last_good_state(tree, tmp_path, capsys)
 
 
 def test_demonstration_defaults_yield_to_flags(tmp_path):
-    groups = (data.add_arguments, data.add_client_arguments, models.add_arguments,
-              train_federated.add_arguments, recipes.add_arguments)
-
     def parse(*argv):
-        return runs.parse("x", groups, train_federated.defaults, list(argv))
+        return run_folder.parse("x", train_federated.GROUPS, train_federated.defaults, list(argv))
     assert parse().model == "resnet18" and parse().lr == 1e-3 and parse().weights == "none"
     assert parse("--model", "resnet50").model == "resnet50"
     assert parse("--lr", "1e-4").lr == 1e-4  # the paper's default, given on purpose

@@ -95,6 +95,13 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
+def write_csv(path: Path, rows: list[list]) -> None:
+    """A header and rows as CSV, whole or not at all."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
 def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -254,12 +261,6 @@ def read_history(folder: Path) -> list[dict]:
     return [json.loads(x) for x in (folder / "history.jsonl").read_text("utf-8").splitlines()]
 
 
-def _csv(rows: list[list]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
-
-
 def part_names(split: Split, n: int) -> list[str]:
     """Part of each image: train, val, test, val+test (stratified80) or dropped (blocked)."""
     names = ["dropped"] * n
@@ -275,7 +276,16 @@ def write_split(folder: Path, images: Images, split: Split, clients: list[np.nda
     rows = [[path, images.classes[label], part, owner.get(i, "")] for i, (path, label, part) in
             enumerate(zip(images.paths, images.labels.tolist(),
                           part_names(split, len(images.paths)), strict=True))]
-    write_text(folder / "split.csv", _csv([["path", "label", "split", "client"], *rows]))
+    write_csv(folder / "split.csv", [["path", "label", "split", "client"], *rows])
+
+
+def read_split(folder: Path) -> list[dict]:
+    """The rows of split.csv, a dictionary each. Raises InputError where there is none."""
+    try:
+        with open(folder / "split.csv", encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: not a run of one network, it has no split.csv") from None
 
 
 def write_predictions(folder: Path, images: Images, split: Split, logits: dict) -> None:
@@ -289,7 +299,7 @@ def write_predictions(folder: Path, images: Images, split: Split, logits: dict) 
                 rows.append([images.paths[i], images.classes[images.labels[i]], names[i],
                              images.classes[p.argmax()], *(f"{x:.9g}" for x in p)])
     header = ["path", "label", "split", "prediction", *(f"p_{c}" for c in images.classes)]
-    write_text(folder / "predictions.csv", _csv([header, *rows]))
+    write_csv(folder / "predictions.csv", [header, *rows])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""How one client trains (Table 3 and section 3.4 of the paper): the flags, and what they mean."""
+"""The flags of local training (the paper's Table 3 and section 3.4), and the recipe they give."""
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 
@@ -9,26 +9,11 @@ import data
 import models
 from augment import Augmentation
 from checks import InputError, integer, number
+from fedavg import Recipe
 
 # In bf16 on the CPU, the weight gradient (oneDNN, torch 2.14.1) of a convolution whose input is
 # smaller than its stride holds whatever lay in memory; networks of stride 32 get there at 16.
 TOO_SMALL_FOR_BF16 = 16
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one client trains (Table 3 and section 3.4 of the paper)."""
-    batch_size: int = 32
-    optimizer: str = "adamw"
-    weight_decay: float = 1e-4
-    momentum: float = 0.9  # SGD only
-    clip: float = 1.0  # global gradient norm, 0 = off
-    label_smoothing: float = 0.0
-    sampler: str = "shuffle"
-    expand: int = 1  # times each image is drawn per epoch
-    mu: float = 0.0  # FedProx
-    augmentation: Augmentation | None = None
-    amp_dtype: torch.dtype | None = None  # of autocast; None = float32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
