@@ -200,7 +200,7 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
                         correct: np.ndarray) -> dict:
     """Accuracy on the test part with more taken away than in training, beside the plain one."""
     out = {}
-    for name in interventions.NAMES:
+    for name in interventions.INTERVENTIONS:
         if name in trained.interventions:
             continue
         p = inference.logits(trained, interventions.apply(pixels, [name])).argmax(1).numpy()
@@ -219,11 +219,10 @@ def audit_run(argv: list[str]) -> None:
     add("--device", default="auto")
     args = parser.parse_args(argv)
     folder = Path(args.run)
-    run, test = run_folder.read_json(folder / "run.json"), run_folder.read_predictions(folder)
+    run, test = run_folder.read_run(folder), run_folder.read_predictions(folder)
     trained = inference.load(folder, models.pick_device(args.device))
     images = data.load(argparse.Namespace(**run["arguments"]))
-    if images.fingerprint() != run["fingerprint"]:
-        raise InputError(f"{folder}: the images are no longer those of the run")
+    run_folder.check_images(folder, images)
     groups = (np.unique(data.read_groups(args.groups, images.paths), return_inverse=True)[1]
               if args.groups else find_groups(images)[0])
     out = run_folder.new_folder(args.out or str(folder / "audit"), "")

@@ -3,8 +3,8 @@
     python compare.py runs/A runs/B            # Markdown on stdout; table and figure in --out
     python compare.py runs/A runs/B --paper    # beside the paper's Table 4, with its intervals
 
-Runs of one configuration and several seeds are one row, mean ± sd; a run of several seeds, networks
-or single sites stands for all of them.
+Runs that differ by their seed alone are one row, mean ± sd; a run of `--local-only` stands for all
+of its clients.
 """
 
 import json
@@ -28,7 +28,7 @@ PAPER = [("FedAvg + ResNet50", 323, 325, (0.9939, 0.9938, 0.9938), 0.9999),
          ("ResNet50 (centralised)", 641, 652, (0.98, 0.98, 0.98), None),
          ("VGG16", 635, 652, (0.97, 0.97, 0.97), None),
          ("EfficientNet-B0", 628, 652, (0.96, 0.96, 0.96), None)]
-WHERE = ("seed", "seeds", "models", "like", "device")  # arguments that make no other configuration
+WHERE = ("seed", "like", "device")  # arguments that make no other configuration
 HEADER = ["run", "runs", "n", "accuracy", "macro P / R / F1", "weighted P / R / F1", "kappa", "AUC",
           "images seen", "seconds"]
 
@@ -55,15 +55,14 @@ class Run:
 
 def load(folder: Path, label: str | None = None) -> list[Run]:
     """The runs that a folder stands for. InputError for no run, or one without predictions."""
-    run = run_folder.read_json(folder / "run.json")
+    run = run_folder.read_run(folder)
     arguments = run["arguments"]
     if label is None:
         own = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
         label = re.sub(r"-seeds?[\d-]+$", "", own)
-    if arguments.get("seeds"):
-        return [r for s in arguments["seeds"] for r in load(folder / f"seed{s}", label)]
-    if arguments.get("models"):
-        return [r for m in arguments["models"] for r in load(folder / m, f"{label}/{m}")]
+    if "seeds" in arguments or "models" in arguments:  # of a version that had these flags
+        parts = sorted(str(p.parent) for p in folder.glob("*/run.json"))
+        raise InputError(f"{folder}: several runs, name them: {' '.join(parts)}")
     if not (folder / "results.json").exists():
         raise InputError(f"{folder}: the run is not complete, it has no results.json")
     results = run_folder.read_json(folder / "results.json")

@@ -1,7 +1,7 @@
 """Selection on validation, and the one look at the test part: the same for both trainers.
 
-The best state is the one of the lowest validation loss, the earliest on ties; the test part is read
-once, after training. Folds and single sites are runs of their own, pooled here.
+The best state is the one of the lowest validation loss, the earliest on ties. The test part is read
+once, after training. Folds, and hospitals that train alone, are runs of their own, pooled here.
 """
 
 import argparse
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
 
 import data
 import figures
@@ -44,16 +45,20 @@ class Evaluation:
     def logits(self, part: str, state: models.State, local_bn: dict | None = None) -> np.ndarray:
         """float32 [n, C] in the order of the part."""
         indices = self.split[part]
-        if not self.shares:
-            self.model.load_state_dict(state)
-            return predict(self.model, self.images, indices).numpy()
         pooled = np.empty((len(indices), len(self.images.classes)), np.float32)
-        for client_id, share in enumerate(self.shares[part]):
+        for client_id, share in enumerate(self.shares.get(part, [indices])):
             if len(share):
                 self.model.load_state_dict(state | (local_bn or {}).get(client_id, {}))
                 values = predict(self.model, self.images, share).numpy()
                 pooled[np.searchsorted(indices, share)] = values
         return pooled
+
+    def tally(self, part: str, state: models.State, local_bn: dict | None = None) -> list:
+        """[n, correct answers, sum of losses]: what selection needs, and sums over processes."""
+        labels = self.images.labels.numpy()[self.split[part]]
+        logits = self.logits(part, state, local_bn).astype(np.float64)
+        losses = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
+        return [len(labels), int((logits.argmax(1) == labels).sum()), float(losses.sum())]
 
     def measure(self, part: str, logits: np.ndarray) -> dict:
         """Pooled metrics; per client too where there are shares."""
@@ -66,8 +71,18 @@ class Evaluation:
         return m
 
 
+# ---- selection, schedule, stopping: functions of the history ------------------------------------
+
+def validation(tally: list) -> dict:
+    """Validation loss and accuracy of a tally, as a record of the history has them; null where
+    there is no validation part, or where the loss is not finite."""
+    n, hits, loss = tally
+    return {"val_loss": loss / n if n and np.isfinite(loss) else None,
+            "val_accuracy": hits / n if n else None}
+
+
 def val_losses(history: list[dict]) -> list[float]:
-    """Validation loss of each record so far; an undefined one (null) is the worst."""
+    """Validation losses so far. A round without a defined one counts as infinitely bad."""
     return [np.inf if r["val_loss"] is None else r["val_loss"] for r in history]
 
 
@@ -82,39 +97,50 @@ def is_stale(history: list[dict], patience: int) -> bool:
     return 0 < patience <= len(history) - 1 - best_index(history) if history else False
 
 
-def plateau_lr(losses: list[float], lr: float, patience: int = 5, factor: float = 0.2,
+def plateau_lr(history: list[dict], lr: float, patience: int = 5, factor: float = 0.2,
                min_lr: float = 1e-6) -> float:
-    """The rate after validation losses so far: ReduceLROnPlateau as a function (Table 3)."""
+    """The learning rate after this history: ReduceLROnPlateau (Table 3) as a function."""
     best, bad = float("inf"), 0
-    for loss in losses if patience else []:
+    for loss in val_losses(history) if patience else []:
         best, bad = (loss, 0) if loss < best * (1 - 1e-4) else (best, bad + 1)
         if bad > patience:
             lr, bad = min(lr, max(lr * factor, min_lr)), 0
     return lr
 
 
+# ---- progress and end of a run ------------------------------------------------------------------
+
 def unit_of(record: dict) -> str:
     return "round" if "round" in record else "epoch"
+
+
+def bundle(args: argparse.Namespace, model: torch.nn.Module, classes: list[str],
+           checkpoint: dict) -> dict:
+    """The content of model.pt for a checkpoint."""
+    unit = unit_of(checkpoint)
+    return models.bundle(
+        model, checkpoint["state"], args.model, classes, local_bn=checkpoint["local_bn"],
+        image_size=args.image_size, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD,
+        interventions=interventions.chosen(args), **{unit: checkpoint[unit]})
 
 
 def save_progress(folder: Path, args: argparse.Namespace, model: torch.nn.Module,
                   classes: list[str], checkpoint: dict) -> None:
     """model.pt if the state is the best so far, a line of history, last.pt: in this order, so that
     a kill in between only repeats the round or epoch."""
-    history, unit = checkpoint["history"], unit_of(checkpoint)
+    history = checkpoint["history"]
     if best_index(history) == len(history) - 1:
-        models.save(models.bundle(
-            model, checkpoint["state"], args.model, classes, local_bn=checkpoint["local_bn"],
-            image_size=args.image_size, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD,
-            interventions=interventions.chosen(args), **{unit: checkpoint[unit]}),
-            folder / "model.pt")
+        models.save(bundle(args, model, classes, checkpoint), folder / "model.pt")
     run_folder.append_history(folder, history[-1])
     models.save(checkpoint, folder / "last.pt")
 
 
-def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation,
-           checkpoint: dict, clients: list[np.ndarray] | None = None) -> dict:
-    """After training: the test part, for the first time; predictions, results, figures, report."""
+def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, checkpoint: dict,
+           clients: list[np.ndarray] | None = None) -> dict:
+    """After training: the test part, for the first time; predictions, results, figures, report.
+
+    The folder holds the best model in model.pt. Returns what results.json holds.
+    """
     images, split = evaluation.images, evaluation.split
     best = models.read_file(folder / "model.pt")
     history, unit = checkpoint["history"], unit_of(checkpoint)
@@ -133,56 +159,61 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation,
     test = results["best"]["test"]
     figures.plot_history(history, best[unit], folder / "history.png", unit)
     figures.plot_confusion(test["confusion"], images.classes, "best model, test",
-                          folder / "confusion.png")
+                           folder / "confusion.png")
     figures.plot_roc(logits["test"], labels[split["test"]], images.classes, test["per_class"],
-                    folder / "roc.png")
+                     folder / "roc.png")
     if clients is not None:
         figures.plot_clients(labels, clients, images.classes, folder / "clients.png")
     twins = splits.count_twins(images.digests, split["test"], split["train"])
     run_folder.write_text(folder / "report.md", report.report_page(
-        folder, run_folder.read_json(folder / "run.json"), results, twins))
+        folder, run_folder.read_run(folder), results, twins))
     run_folder.write_json(folder / "results.json", results)  # last: the run is complete
-    report.print_summary(results, unit)
-    print(f"report: {folder}/report.md")
     return results
 
 
-def finish_sites(team, folder: Path | None, args: argparse.Namespace, evaluation: Evaluation,
-                 checkpoint: dict) -> None:
-    """--site-data: each site measures best and last model on its own test part and writes its own
-    folder; rank 0 pools what may be pooled. `team`: distributed.Team."""
-    images, split, last = evaluation.images, evaluation.split, checkpoint["round"]
+def finish_job(job, folder: Path | None, args: argparse.Namespace, evaluation: Evaluation,
+               checkpoint: dict, clients: list[np.ndarray]) -> None:
+    """The end of a federated run, at every process of its job (`processes.Job`).
+
+    The server finishes the run. Hospitals with images of their own each finish a run of their own
+    on their own test part, and the server pools what they may tell: confusion matrices and losses.
+    """
+    if not job.sites:
+        if folder is not None:
+            report.print_summary(finish(folder, args, evaluation, checkpoint, clients))
+            print(f"report: {folder}/report.md")
+        return
     best = best_index(checkpoint["history"]) + 1
-    lead = models.read_file(folder / "model.pt") if folder else checkpoint
-    states = {"last": (last, checkpoint["state"]), "best": (best, team.share(lead["state"]))}
-    results = {"data": images.name, "synthetic": False, "fingerprint": images.fingerprint(),
-               "model": args.model}
-    own, pooled = dict(results), results | {"data": ", ".join(team.sites), "sites": team.sites}
-    for name, (round_index, state) in states.items():
-        logits = {part: evaluation.logits(part, state) for part in ("val", "test")}
-        own[name] = {"round": round_index,
-                     **{part: evaluation.measure(part, x) for part, x in logits.items()}}
-        pooled[name] = {"round": round_index,
-                        **{part: team.pool(evaluation, part, x) for part, x in logits.items()}}
-    own["colour_only"] = colour_only(images, split)
-    run_folder.write_predictions(team.folder, images, split, logits)
-    models.save(models.bundle(evaluation.model, state, args.model, images.classes, local_bn={},
-                              image_size=args.image_size, mean=data.IMAGENET_MEAN,
-                              std=data.IMAGENET_STD, round=best,
-                              interventions=interventions.chosen(args)), team.folder / "model.pt")
-    figures.plot_confusion(own["best"]["test"]["confusion"], images.classes,
-                          f"{team.sites[team.rank]}, test", team.folder / "confusion.png")
-    run_folder.write_json(team.folder / "results.json", own)
+    lead = checkpoint if folder is None else models.read_file(folder / "model.pt")
+    state = job.share("state", lead["state"])
+    models.save(bundle(args, evaluation.model, evaluation.images.classes,
+                       checkpoint | {"round": best, "state": state}), job.folder / "model.pt")
+    own = finish(job.folder, args, evaluation, checkpoint)
+    pooled = {key: own[key] for key in ("synthetic", "fingerprint", "model")} | {
+        "data": ", ".join(job.sites), "sites": job.sites, "colour_only": [],
+        **budget(checkpoint["history"])}
+    for which in ("last", "best"):
+        pooled[which] = {"round": own[which]["round"]} | {
+            part: pool_sites(job, own[which][part], evaluation.images.classes)
+            for part in ("val", "test")}
     if folder is not None:
-        pooled |= budget(checkpoint["history"]) | {"colour_only": []}
         figures.plot_history(checkpoint["history"], best, folder / "history.png")
-        figures.plot_confusion(pooled["best"]["test"]["confusion"], images.classes,
-                              "best model, test parts of all sites", folder / "confusion.png")
+        figures.plot_confusion(pooled["best"]["test"]["confusion"], evaluation.images.classes,
+                               "best model, test parts of all sites", folder / "confusion.png")
         run_folder.write_text(folder / "report.md", report.sites_page(
-            folder, run_folder.read_json(folder / "run.json"), pooled))
+            folder, run_folder.read_run(folder), pooled))
         run_folder.write_json(folder / "results.json", pooled)
         report.print_sites(pooled)
         print(f"report: {folder}/report.md")
+
+
+def pool_sites(job, own: dict, classes: list[str]) -> dict:
+    """Figures of a part over all hospitals, and of each under "clients", at every process."""
+    told = job.exchange("confusion", [own["confusion"], own["n"], own["loss"]])
+    tables = [np.array(confusion) for confusion, _, _ in told]
+    losses = [np.nan if loss is None else loss * n for _, n, loss in told]
+    return metrics.measure_counts(sum(tables), sum(losses), classes) | {"clients": [
+        metrics.measure_counts(c, x, classes) for c, x in zip(tables, losses, strict=True)]}
 
 
 def budget(records: list[dict]) -> dict:
@@ -191,7 +222,7 @@ def budget(records: list[dict]) -> dict:
     return {name: sum(r.get(key, r.get(name)) for r in records) for key, name in names}
 
 
-def pool(folder: Path, images: data.Images, several: dict[str, splits.Split]) -> dict:
+def pool_folds(folder: Path, images: data.Images, several: dict[str, splits.Split]) -> dict:
     """Results, curves and report of a run that consists of `several` runs in folders of their own.
 
     Means over them with sample standard deviation. Where their test parts are disjoint (folds),
@@ -217,19 +248,19 @@ def pool(folder: Path, images: data.Images, several: dict[str, splits.Split]) ->
         results["best"] = {"test": metrics.measure(logits, labels[indices], images.classes)}
         results["colour_only"] = pooled_colour(list(members.values()))
         run_folder.write_predictions(folder, images,
-                               {name: s["test"] for name, s in several.items()},
-                               {name: logits[np.searchsorted(indices, s["test"])]
-                                for name, s in several.items()})
+                                     {name: s["test"] for name, s in several.items()},
+                                     {name: logits[np.searchsorted(indices, s["test"])]
+                                      for name, s in several.items()})
         figures.plot_confusion(results["best"]["test"]["confusion"], images.classes,
-                              "out of fold", folder / "confusion.png")
+                               "out of fold", folder / "confusion.png")
         figures.plot_roc(logits, labels[indices], images.classes,
-                        results["best"]["test"]["per_class"], folder / "roc.png")
+                         results["best"]["test"]["per_class"], folder / "roc.png")
     figures.plot_curves([run_folder.read_history(folder / name) for name in several],
-                       folder / "curves.png")
+                        folder / "curves.png")
     twins = sum(splits.count_twins(images.digests, s["test"], s["train"])
                 for s in several.values())
     run_folder.write_text(folder / "report.md", report.pooled_page(
-        folder, run_folder.read_json(folder / "run.json"), results, twins))
+        folder, run_folder.read_run(folder), results, twins))
     run_folder.write_json(folder / "results.json", results)
     report.print_pooled(results)
     print(f"report: {folder}/report.md")

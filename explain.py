@@ -89,10 +89,9 @@ def choose(test: run_folder.Predictions, per_class: int) -> dict[str, str]:
 
 def of_the_run(folder: Path, trained: inference.Trained, per_class: int) -> list[Subject]:
     """Test images of the run. Refuses data that changed; warns where predictions.csv differs."""
-    run, test = run_folder.read_json(folder / "run.json"), run_folder.read_predictions(folder)
+    run, test = run_folder.read_run(folder), run_folder.read_predictions(folder)
     images = data.load(argparse.Namespace(**run["arguments"]))
-    if images.fingerprint() != run["fingerprint"]:
-        raise InputError(f"{folder}: the images are no longer those of the run")
+    run_folder.check_images(folder, images)
     chosen, place = choose(test, per_class), {path: i for i, path in enumerate(images.paths)}
     pixels = images.pixels[[place[path] for path in chosen]]
     p = inference.probabilities(trained, pixels).numpy()

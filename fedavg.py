@@ -1,16 +1,19 @@
-"""Federated Averaging, Algorithm 1 of McMahan et al. 2017 (arXiv 1602.05629): read this file first.
+"""Federated Averaging, Algorithm 1 of McMahan et al. 2017 (arXiv 1602.05629). Read this file first.
 
-    the server keeps one global state θ                       train_federated.py, main
-    each round it picks clients                               sample_clients
-        each starts from θ and trains on its own images       run_round, train_local
-        θ ← Σ n_k θ_k / Σ n_k, over the clients of the round  weighted_average
+    for each round t = 1, 2, ...                          train_federated.train, the round loop
+        S ← a random set of clients                       sample_clients
+        for each client k in S:
+            θ_k ← ClientUpdate(k, θ)                      train_client, train_local, train_step
+        θ ← Σ n_k θ_k / Σ n_k, over the clients in S      accept, WeightedAverage
 
-A state is a value: a dict of tensors in, a new dict out. What a client draws comes from (seed,
-round, client, epoch) alone. `train_local` is the only training loop: central training calls it too.
+θ is a "state": a dictionary of tensors, as `state_dict()` returns it. No function here changes a
+state that it is given. `train_local` is the only training loop of the project: central training
+calls it too. Everything that a client draws at random comes from (seed, round, client, epoch).
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,169 +26,204 @@ from augment import Augmentation
 from checks import InputError, warn
 from models import State
 
+Key = tuple[int, int, int]  # (seed, round, client): what a client's random draws depend on
+Progress = Callable[[int], object]  # is told how many images each step trained on
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Recipe:
-    """How one client trains (Table 3 and section 3.4 of the paper)."""
+    """How one client trains in one round (Table 3 and section 3.4 of the paper)."""
+    local_epochs: int = 5
     batch_size: int = 32
     optimizer: str = "adamw"
+    lr: float = 1e-4  # replaced from round to round by the schedule
     weight_decay: float = 1e-4
-    momentum: float = 0.9  # SGD only
-    clip: float = 1.0  # global gradient norm, 0 = off
+    momentum: float = 0.9  # used by SGD only
+    clip: float = 1.0  # largest global norm of the gradient; 0 switches clipping off
     label_smoothing: float = 0.0
     sampler: str = "shuffle"
-    expand: int = 1  # times each image is drawn per epoch
-    mu: float = 0.0  # FedProx
+    expand: int = 1  # how often each image is drawn in an epoch
+    mu: float = 0.0  # weight of FedProx's proximal term; 0 is FedAvg
+    class_weights: Tensor | None = None  # w_c of eq. 3, float32 [C]; None weighs classes equally
     augmentation: Augmentation | None = None
-    amp_dtype: torch.dtype | None = None  # of autocast; None = float32
+    amp_dtype: torch.dtype | None = None  # precision of autocast; None is plain float32
 
 
-def random_keys(*parts: int) -> tuple[int, int]:
-    """Two independent 63-bit seeds from (seed, round, client, epoch)."""
-    first, second = np.random.SeedSequence(parts).generate_state(2, np.uint64)
-    return int(first >> 1), int(second >> 1)
+class Update(NamedTuple):
+    """What one client sends to the server after its local training."""
+    client_id: int
+    num_examples: int  # n_k, the training images that the client owns: its weight in the average
+    state: State  # θ_k, every entry of the state dict, BatchNorm's running statistics included
+    record: dict  # figures of its training, for history.jsonl
 
 
 # ---- the server -------------------------------------------------------------------------------
 
 def sample_clients(num_clients: int, fraction: float, seed: int, round_index: int) -> list[int]:
-    """max(1, round(fraction·K)) clients, uniformly, in order. Size must not matter here: it already
-    weighs the average (Algorithm 1)."""
+    """max(1, round(fraction · K)) clients in ascending order, drawn uniformly (Algorithm 1): a
+    client's size counts once, as its weight in the average, and must not count here again."""
     rng = np.random.default_rng(random_keys(seed, round_index))
     count = max(1, round(fraction * num_clients))
     return sorted(rng.choice(num_clients, count, replace=False).tolist())
 
 
-@dataclass
-class WeightedSum:
-    """Σ n_k θ_k and Σ n_k. Float entries are unevaluated sums high + low of float64 (Knuth's
-    two-sum): nothing is rounded away, so neither order nor grouping of the clients, over processes
-    say, changes a bit. Integer entries (BatchNorm's counters) hold the element-wise maximum."""
-    high: State = field(default_factory=dict)
-    low: State = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    num_examples: int = 0
-
-    def add(self, key: str, high: Tensor, low: Tensor | float = 0.0) -> None:
-        """Add an entry, n_k θ_k or the sum of other clients; `high` may become part of this."""
-        if key not in self.high:
-            self.high[key], self.low[key] = high, torch.zeros_like(high) + low
-        elif high.is_floating_point():
-            total = self.high[key] + high
-            back = total - self.high[key]
-            self.low[key] += (self.high[key] - (total - back)) + (high - back) + low
-            self.high[key] = total
-        else:
-            self.high[key] = torch.maximum(self.high[key], high)
-
-    def mean(self) -> State:
-        """θ = Σ n_k θ_k / Σ n_k, divided once and cast back. Raises ValueError for no update."""
-        if self.num_examples == 0:
-            raise ValueError("no update to average")
-        return {key: ((high + self.low[key]) / self.num_examples).to(self.dtypes[key])
-                if high.is_floating_point() else high for key, high in self.high.items()}
+def accept(update: Update, records: list[dict], local_bn: dict[int, State],
+           bn_keys: list[str]) -> State | None:
+    """The entries of an update that enter the average; None where it is not finite. Adds a record.
+    With FedBN (`bn_keys` given) BatchNorm's entries stay out: copies become local_bn[client]."""
+    finite = models.is_finite(update.state)
+    records.append({"client": update.client_id, "num_examples": update.num_examples,
+                    **update.record, "left_out": not finite})
+    if not finite:  # one NaN would spoil the whole average; the weights are then those of the rest
+        records[-1]["update_norm"] = None
+        warn(f"the update of client {update.client_id} is not finite and is LEFT OUT of the mean")
+        return None
+    if bn_keys:
+        local_bn[update.client_id] = {key: update.state[key].clone() for key in bn_keys}
+    return {key: value for key, value in update.state.items() if key not in bn_keys}
 
 
-def weighted_sum(updates: Iterable[tuple[State, int]]) -> WeightedSum:
-    """Σ n_k θ_k over (state, n_k) pairs, read one at a time: only one needs to exist.
+class WeightedAverage:
+    """θ = Σ n_k θ_k / Σ n_k of Algorithm 1, one client at a time, no input changed.
 
-    Every entry takes part, BatchNorm's running statistics included: note that the mean of running
-    variances is not the pooled variance. Inputs are not changed. Raises ValueError for unequal
-    entries, or n_k < 1.
+    Float entries, BatchNorm's running statistics included, are summed in float64 in the order of
+    adding and divided once. Integer entries (BatchNorm's counters) take the element-wise maximum.
     """
-    result = WeightedSum()
-    for state, num_examples in updates:
+
+    def __init__(self) -> None:
+        self.sums, self.dtypes, self.num_examples = {}, {}, 0
+
+    def add(self, state: State, num_examples: int) -> None:
+        """Add n_k θ_k. Raises ValueError where n_k is no whole number of at least 1, or where
+        entries or shapes differ from those of the first client."""
         if num_examples < 1 or num_examples != int(num_examples):
             raise ValueError(f"weight {num_examples} is not a number of images")
-        result.dtypes = result.dtypes or {key: value.dtype for key, value in state.items()}
-        known = {k: v.shape for k, v in result.high.items()}
-        if known and {k: v.shape for k, v in state.items()} != known:
+        if self.sums and {k: v.shape for k, v in state.items()} != {
+                k: v.shape for k, v in self.sums.items()}:
             raise ValueError("states differ in their entries or shapes")
         for key, value in state.items():
-            result.add(key, value.detach().double() * int(num_examples)
-                       if value.is_floating_point() else value.clone())
-        result.num_examples += int(num_examples)  # of the clients of this round, not of all
-    return result
+            self.dtypes[key] = value.dtype
+            if value.is_floating_point():
+                value, add = value.detach().double() * num_examples, torch.add
+            else:
+                value, add = value.clone(), torch.maximum
+            self.sums[key] = add(self.sums[key], value) if key in self.sums else value
+        self.num_examples += num_examples  # of the clients that were added, not of all clients
+
+    def result(self) -> State:
+        """The average, each entry in its own dtype; {} where nothing was added."""
+        return {key: (value / self.num_examples if value.is_floating_point() else value)
+                .to(self.dtypes[key]) for key, value in self.sums.items()}
 
 
-def weighted_average(updates: Iterable[tuple[State, int]]) -> State:
-    """θ = Σ n_k θ_k / Σ n_k over (state, n_k) pairs. Raises ValueError for no update."""
-    return weighted_sum(updates).mean()
-
-
-def run_round(model: nn.Module, global_state: State, local_bn: dict[int, State], chosen: list[int],
-              clients: list[np.ndarray], images: data.Images, recipe: Recipe, *, bn: str, lr: float,
-              local_epochs: int, class_weights: Tensor | None, seed: int, round_index: int,
-              progress: Callable[[int], object] = lambda n: None,
-              mean: Callable[[WeightedSum, State], State] = lambda total, like: total.mean(),
-              ) -> tuple[State, dict[int, State], list[dict]]:
-    """One round: (new global state, new BatchNorm states of `bn="local"`, a record per client).
-
-    `model` is working memory: a client starts by overwriting it with the global state. An update
-    that is not finite is left out, loudly, and the weights are those of the rest; raises
-    FloatingPointError if none is left. mean: under torchrun, over the sums of all processes, each
-    with entries as in a second state.
-    """
-    records: list[dict] = []
-    local_bn = dict(local_bn)
-    bn_keys = models.batchnorm_keys(model) if bn == "local" else []
-
-    def updates() -> Iterable[tuple[State, int]]:
-        for client_id in chosen:
-            start = global_state | local_bn.get(client_id, {})
-            model.load_state_dict(start)
-            trainer = make_optimizer(model, recipe, lr)  # fresh: clients are stateless
-            record = train_local(model, images, clients[client_id], recipe, *trainer, seed=seed,
-                                 epochs=range(local_epochs), round_index=round_index,
-                                 client_id=client_id, class_weights=class_weights,
-                                 progress=progress)
-            squares = [(parameter.detach() - start[name]).double().square().sum()
-                       for name, parameter in model.named_parameters()]
-            norm = torch.stack(squares).sum().sqrt().item()
-            state = model.state_dict()
-            finite = models.is_finite(state)
-            records.append({"client": client_id, "num_examples": len(clients[client_id]), **record,
-                            "update_norm": norm if finite else None, "left_out": not finite})
-            if not finite:
-                warn(f"round {round_index}: the update of client {client_id} is not finite and is "
-                     "LEFT OUT of the average")
-                continue
-            if bn == "local":
-                local_bn[client_id] = {key: state[key].clone() for key in bn_keys}
-            yield {k: v for k, v in state.items() if k not in bn_keys}, len(clients[client_id])
-
-    try:
-        averaged = mean(weighted_sum(updates()),
-                        {k: v for k, v in global_state.items() if k not in bn_keys})
-    except ValueError:
-        if not all(r["left_out"] for r in records):
-            raise
-        raise FloatingPointError(f"round {round_index}: no client's update is finite") from None
-    new_state = global_state | averaged
-    if bn == "recalibrate":
-        device = next(model.parameters()).device
-        kept = [clients[r["client"]] for r in records if not r["left_out"]]
-        moments = mean(weighted_sum((models.batchnorm_moments(model, new_state, (
-            data.eval_batch(images, b, device)
-            for b in data.batch_slices(torch.from_numpy(k), data.EVAL_BATCH))), len(k))
-            for k in kept),
-            {k: v.double() for k, v in new_state.items() if k in models.moment_keys(model)})
-        new_state |= models.pooled_batchnorm(new_state, moments)
-    return new_state, dict(sorted(local_bn.items())), records
+def kept(records: list[dict]) -> list[int]:
+    """The clients whose updates entered the average. Raises FloatingPointError for none."""
+    clients = [record["client"] for record in records if not record["left_out"]]
+    if not clients:
+        raise FloatingPointError("no client's update is finite")
+    return clients
 
 
 # ---- the client -------------------------------------------------------------------------------
 
-def class_weights(labels: np.ndarray, num_classes: int, device: torch.device) -> Tensor:
-    """w_c = n / (C · n_c) of eq. 3, float32 [C]; labels: the whole training part. 0 if absent."""
-    counts = np.bincount(labels, minlength=num_classes)
-    weights = (counts > 0) * len(labels) / (num_classes * np.maximum(counts, 1))
+def train_client(model: nn.Module, start: State, images: data.Images, indices: np.ndarray,
+                 recipe: Recipe, key: Key, progress: Progress = lambda n: None) -> Update:
+    """ClientUpdate(k, θ) of Algorithm 1: train from `start` on the client's own images.
+
+    indices: int64 [n_k] into `images`. The update's state is the memory of `model` itself: it is
+    good until the next client trains. Raises InputError as `train_local` does.
+    """
+    model.load_state_dict(start)
+    optimizer, scaler = make_optimizer(model, recipe)  # fresh: clients keep nothing
+    record = train_local(model, images, indices, recipe, optimizer, scaler,
+                         range(recipe.local_epochs), key, progress)
+    squares = [(parameter.detach() - start[name]).double().square().sum()
+               for name, parameter in model.named_parameters()]
+    record["update_norm"] = torch.stack(squares).sum().sqrt().item()
+    # n_k is the number of images owned: neither images passed, which grow with epochs, nor batches
+    return Update(key[2], len(indices), model.state_dict(), record)
+
+
+def train_local(model: nn.Module, images: data.Images, indices: np.ndarray, recipe: Recipe,
+                optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, epochs: range,
+                key: Key, progress: Progress = lambda n: None) -> dict:
+    """Train `model` in place on `indices`; returns images, steps, loss, accuracy, skipped_steps.
+
+    An epoch draws m = n · expand images in ⌈m/B⌉ steps; a last batch of a single image is dropped
+    (where B > 1). Loss and accuracy are means over the augmented images that were seen. The
+    caller's random state is left as it was. Raises InputError for one image under BatchNorm.
+    """
+    if len(indices) == 1 and models.needs_batch(model):
+        raise InputError(f"client {key[2]} owns one image, too few for BatchNorm")
+    device = next(model.parameters()).device
+    reference = ([p.detach().clone() for p in model.parameters() if p.requires_grad]
+                 if recipe.mu else [])  # a copy: a live reference would make the term always zero
+    owned, all_labels = torch.from_numpy(indices), images.labels.to(device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits; read once at the end
+    seen = steps = skipped = 0
+    models.train_mode(model)
+    for epoch in epochs:
+        order_key, dropout_key = random_keys(*key, epoch)
+        generator = torch.Generator().manual_seed(order_key)
+        order = data.epoch_order(images.labels[owned], recipe.sampler, recipe.expand, generator,
+                                 recipe.batch_size)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(dropout_key)
+            for positions in data.batch_slices(order, recipe.batch_size):
+                rows = owned[positions].to(device)
+                batch = data.train_batch(images, rows, recipe.augmentation, generator, device)
+                loss, hits, stepped = train_step(model, batch, all_labels[rows], recipe, optimizer,
+                                                 scaler, reference)
+                sums += torch.stack([loss.double() * len(rows), hits.double()])
+                steps, seen, skipped = steps + 1, seen + len(rows), skipped + (not stepped)
+                progress(len(rows))
+    loss_sum, hits = sums.tolist()
+    return {"images": seen, "steps": steps, "loss": loss_sum / seen, "accuracy": hits / seen,
+            "skipped_steps": skipped}
+
+
+def train_step(model: nn.Module, batch: Tensor, targets: Tensor, recipe: Recipe,
+               optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+               reference: list[Tensor]) -> tuple[Tensor, Tensor, bool]:
+    """One optimiser step on one batch: (loss, correct answers, False if float16 overflowed).
+    batch: float32 [B, 3, H, W]; targets: int64 [B]; reference: FedProx's global weights or []."""
+    parameters = optimizer.param_groups[0]["params"]
+    with torch.autocast(batch.device.type, recipe.amp_dtype or torch.bfloat16,
+                        enabled=recipe.amp_dtype is not None):
+        logits = model(batch)
+    logits = logits.float()
+    loss = weighted_cross_entropy(logits, targets, recipe.class_weights, recipe.label_smoothing)
+    if recipe.mu:
+        loss = loss + proximal_term(parameters, reference, recipe.mu)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)  # before clipping: the threshold is meant for true gradients
+    if recipe.clip:
+        nn.utils.clip_grad_norm_(parameters, recipe.clip)
+    scale = scaler.get_scale()  # 1 where nothing is scaled, without waiting for the device
+    scaler.step(optimizer)
+    scaler.update()
+    hits = (logits.detach().argmax(1) == targets).sum()
+    return loss.detach(), hits, scaler.get_scale() >= scale
+
+
+def random_keys(*parts: int) -> tuple[int, int]:
+    """Two independent 63-bit seeds from whole numbers such as (seed, round, client, epoch)."""
+    first, second = np.random.SeedSequence(parts).generate_state(2, np.uint64)
+    return int(first >> 1), int(second >> 1)
+
+
+def class_weights(counts: np.ndarray, device: torch.device) -> Tensor:
+    """w_c = n / (C · n_c) of eq. 3, float32 [C]; 0 for an absent class. counts: int [C], of the
+    whole training part, so that every client weighs classes alike."""
+    weights = (counts > 0) * counts.sum() / (len(counts) * np.maximum(counts, 1))
     return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None,
                            label_smoothing: float = 0.0) -> Tensor:
-    """Eq. 3: Σ w_y·CE / batch size. PyTorch's weighted mean would divide by Σ w_y instead."""
+    """Eq. 3: Σ w_y · CE / batch size. logits: [B, C]; targets: int64 [B]; weights: [C] or None.
+    PyTorch's weighted mean divides by Σ w_y instead; then FedAvg would not equal the centre."""
     total = F.cross_entropy(logits, targets, weights, reduction="sum",
                             label_smoothing=label_smoothing)
     return total / len(targets)
@@ -197,12 +235,12 @@ def proximal_term(parameters: Iterable[Tensor], reference: Iterable[Tensor], mu:
     return 0.5 * mu * torch.stack([(p - r).square().sum() for p, r in pairs]).sum()
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe,
-                   lr: float) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
-    """A fresh optimiser over the trainable parameters, and the scaler that float16 needs."""
+def make_optimizer(model: nn.Module,
+                   recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
+    """A fresh optimiser over the trainable parameters, and the gradient scaler of float16."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
-    common = {"lr": lr, "weight_decay": recipe.weight_decay,
+    common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay,
               "fused": device.type in ("cpu", "cuda")}
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, momentum=recipe.momentum, **common)
@@ -210,69 +248,3 @@ def make_optimizer(model: nn.Module, recipe: Recipe,
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
         optimizer = kind(parameters, eps=1e-8, **common)
     return optimizer, torch.amp.GradScaler(device.type, enabled=recipe.amp_dtype == torch.float16)
-
-
-def train_local(model: nn.Module, images: data.Images, indices: np.ndarray, recipe: Recipe,
-                optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, epochs: range,
-                seed: int, round_index: int, client_id: int, class_weights: Tensor | None = None,
-                progress: Callable[[int], object] = lambda n: None) -> dict:
-    """Train `model` in place on `indices`; returns images, steps, loss, accuracy, skipped steps.
-
-    Steps: E·(⌈n/B⌉ - [n mod B = 1]). Loss and accuracy are means over the augmented images seen.
-    Everything random comes from (seed, round_index, client_id, epoch); the caller's random state is
-    left as it was. Raises InputError for a client of one image under BatchNorm.
-    """
-    if len(indices) == 1 and models.needs_batch(model):
-        raise InputError(f"client {client_id} owns one image, too few for BatchNorm")
-    device = next(model.parameters()).device
-    reference = ([p.detach().clone() for p in model.parameters() if p.requires_grad]
-                 if recipe.mu else [])
-    owned, labels = torch.from_numpy(indices), images.labels[torch.from_numpy(indices)]
-    all_labels = images.labels.to(device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct; read once at the end
-    seen = steps = skipped = 0
-    models.train_mode(model)
-    for epoch in epochs:
-        order_key, dropout_key = random_keys(seed, round_index, client_id, epoch)
-        generator = torch.Generator().manual_seed(order_key)
-        order = data.epoch_order(labels, recipe.sampler, recipe.expand, generator,
-                                 recipe.batch_size)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(dropout_key)
-            for positions in data.batch_slices(order, recipe.batch_size):
-                rows = owned[positions].to(device)
-                batch = data.train_batch(images, rows, recipe.augmentation, generator, device)
-                loss, correct, stepped = train_step(
-                    model, batch, all_labels[rows], recipe, optimizer, scaler,
-                    class_weights=class_weights, reference=reference)
-                sums += torch.stack([loss.double() * len(rows), correct.double()])
-                steps, seen, skipped = steps + 1, seen + len(rows), skipped + (not stepped)
-                progress(len(rows))
-    loss_sum, hits = sums.tolist()
-    return {"images": seen, "steps": steps, "loss": loss_sum / seen, "accuracy": hits / seen,
-            "skipped_steps": skipped}
-
-
-def train_step(model: nn.Module, batch: Tensor, targets: Tensor, recipe: Recipe,
-               optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *,
-               class_weights: Tensor | None, reference: list[Tensor],
-               ) -> tuple[Tensor, Tensor, bool]:
-    """One optimiser step on one batch: (loss, correct answers, False if float16 overflowed)."""
-    parameters = optimizer.param_groups[0]["params"]
-    with torch.autocast(batch.device.type, recipe.amp_dtype or torch.bfloat16,
-                        enabled=recipe.amp_dtype is not None):
-        logits = model(batch)
-    logits = logits.float()
-    loss = weighted_cross_entropy(logits, targets, class_weights, recipe.label_smoothing)
-    if recipe.mu:
-        loss = loss + proximal_term(parameters, reference, recipe.mu)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)  # before clipping, or the threshold is on scaled gradients
-    if recipe.clip:
-        nn.utils.clip_grad_norm_(parameters, recipe.clip)
-    scale = scaler.get_scale()  # 1, without a device round trip, where nothing is scaled
-    scaler.step(optimizer)
-    scaler.update()
-    correct = (logits.detach().argmax(1) == targets).sum()
-    return loss.detach(), correct, scaler.get_scale() >= scale

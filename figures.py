@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from scipy.special import softmax
 from sklearn.metrics import roc_curve
 
-import interventions
+from interventions import INTERVENTIONS, apply
 
 ROWS = 8  # of one page
 
@@ -265,11 +265,11 @@ def plot_pairs(images, pairs: list, path: Path, count: int = 6) -> None:
 
 def plot_interventions(images, path: Path) -> None:
     """The first image of each class before and after each intervention. Local use only."""
-    columns = {"as read": [], "--mask-corner": ["mask_corner"], "--grey-world": ["grey_world"]}
+    columns = {"as read": []} | {f"without {name}": [name] for name in INTERVENTIONS}
     figure, axes = _grid(len(images.classes), len(columns), list(columns))
     for c, row in enumerate(axes):
         first = images.pixels[int((images.labels == c).nonzero()[0])][None].cpu()
         for axis, names in zip(row, columns.values(), strict=True):
-            axis.imshow(interventions.apply(first, names)[0].permute(1, 2, 0).numpy())
+            axis.imshow(apply(first, names)[0].permute(1, 2, 0).numpy())
         _name_row(row[0], images.classes[c])
     figure.savefig(path, dpi=100, bbox_inches="tight")

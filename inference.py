@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
 import data
+import interventions
 import models
 import synthetic
 from checks import InputError, warn
@@ -55,7 +56,7 @@ def load(folder: Path, device: torch.device, client: int | None = None) -> Train
     model.load_state_dict(content["state"] | local_bn.get(client, {}))
     return Trained(model.to(device).eval(), content["model"], content["classes"],
                    content["image_size"], device,
-                   interventions=tuple(content.get("interventions", ())))
+                   interventions=tuple(interventions.modern(content.get("interventions", ()))))
 
 
 def fast(trained: Trained, limit: float = LIMIT) -> Trained:

@@ -1,7 +1,8 @@
 """Two ways to take a shortcut away from the pixels, for training and for audits: uint8 to uint8.
 
---mask-corner paints the scale bar over with the local background; --grey-world gives every image
-the same mean in all three channels (Buchsbaum 1980), so that stain and white balance say less.
+`--remove scale-bar` paints the scale bar over with the local background; `--remove colour` gives
+every image the same mean in all three channels (Buchsbaum 1980), so that stain and white balance
+say less.
 """
 
 import argparse
@@ -11,30 +12,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checks import InputError
+
 CORNER = (0.7, 0.85, 1.0, 1.0)  # left, top, right, bottom, shares: where the scale bar is
 MARGIN = 0.1  # of the side: how far around it the local background is looked for
-NAMES = ("mask_corner", "grey_world")  # as in the flags, in the order of application
+RENAMED = {"mask_corner": "scale-bar", "grey_world": "colour"}  # names in older runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("interventions").add_argument
-    add("--mask-corner", action="store_true", help="paint the scale bar's corner over")
-    add("--grey-world", action="store_true", help="equal channel means in every image")
+    """The flag of the interventions, shared by every script that reads images."""
+    parser.add_argument_group("interventions").add_argument(
+        "--remove", nargs="+", choices=INTERVENTIONS, default=[], metavar="SHORTCUT",
+        help="take a shortcut away from every image: scale-bar paints its corner over, colour "
+        "makes the mean of the three channels equal")
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
-    """Those that the flags, or an older run's arguments, ask for."""
-    return [name for name, on in (("mask_corner", getattr(args, "mask_corner", False)),
-                                  ("grey_world", getattr(args, "grey_world", False))) if on]
+    """Those that the flags ask for, in the order of application."""
+    return [name for name in INTERVENTIONS if name in args.remove]
+
+
+def modern(names: Iterable[str]) -> list[str]:
+    """Interventions that a run recorded, under today's names; InputError for an unknown one."""
+    names = [RENAMED.get(name, name) for name in names]
+    if unknown := sorted(set(names) - set(INTERVENTIONS)):
+        raise InputError(f"the run was trained with an intervention unknown here: {unknown[0]}")
+    return names
 
 
 def apply(pixels: Tensor, names: Iterable[str]) -> Tensor:
     """Pixels uint8 [n, 3, H, W] after the interventions; the input itself where there is none."""
     for name in names:
-        function = {"mask_corner": mask_corner, "grey_world": grey_world}[name]
         result = torch.empty_like(pixels)  # keeps the memory layout
         for i, image in enumerate(pixels):
-            result[i] = function(image)
+            result[i] = INTERVENTIONS[name](image)
         pixels = result
     return pixels
 
@@ -61,6 +72,9 @@ def grey_world(image: Tensor) -> Tensor:
     values = image.float()
     means = values.mean((1, 2), keepdim=True).clamp_min(1e-6)
     return (values * means.mean() / means).round().clamp(0, 255).to(image.dtype)
+
+
+INTERVENTIONS = {"scale-bar": mask_corner, "colour": grey_world}  # in the order of application
 
 
 def background(pixels: Tensor) -> np.ndarray:

@@ -143,6 +143,22 @@ def moved(state: State, device: torch.device | str) -> State:
     return {key: value.to(device, copy=True) for key, value in state.items()}
 
 
+def pack(state: State) -> list[Tensor]:
+    """One flat copy on the CPU for each dtype, in the order in which dtypes first occur."""
+    dtypes = dict.fromkeys(value.dtype for value in state.values())
+    return [torch.cat([v.detach().reshape(-1).cpu() for v in state.values() if v.dtype == dtype])
+            for dtype in dtypes]
+
+
+def unpack(flat: list[Tensor], like: State) -> State:
+    """What `pack` packed, in the memory layout of `like`, without which files would differ."""
+    rest, state = {tensor.dtype: tensor for tensor in flat}, {}
+    for key, value in like.items():
+        part, rest[value.dtype] = rest[value.dtype].tensor_split([value.numel()])
+        state[key] = torch.empty_like(value).copy_(part.view(value.shape))
+    return state
+
+
 def is_finite(state: State) -> bool:
     return bool(torch.stack([value.isfinite().all() for value in state.values()]).all())
 

@@ -54,9 +54,9 @@ def print_table(header: list[str], rows: list[list]) -> None:
         print("  ".join(str(x).ljust(w) for x, w in zip(row, widths, strict=True)).rstrip())
 
 
-def print_summary(results: dict, unit: str = "round") -> None:
+def print_summary(results: dict) -> None:
     """The table at the end of a run."""
-    print_table(SUMMARY, summary_rows(results, unit))
+    print_table(SUMMARY, summary_rows(results, "round" if "round" in results["best"] else "epoch"))
     print_colour(results)
 
 

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +23,14 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
-from checks import InputError, integer, make_parser, warn
+import interventions
+from checks import InputError, make_parser, warn
 from data import Images
-from models import pick_precision, read_file, write_whole
+from models import pick_precision, read_file, save, write_whole
 from splits import Split
 
-UNRECORDED = ("resume", "out", "timeout")  # arguments that say where, not what
+ROOT = Path(__file__).parent
+UNRECORDED = ("resume", "out", "timeout", "argv")  # arguments that say where, not what
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run folder").add_argument
     add("--out", metavar="DIR", help="default: runs/ and a name of script, model, data and seed")
     add("--resume", metavar="DIR", help="continue a run with the arguments recorded in it")
-    add("--seeds", type=integer(0), nargs="+", metavar="SEED",
-        help="one run per seed, each in a folder of its own, then their table")
 
 
 def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Namespace], dict],
@@ -52,12 +51,16 @@ def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Names
     parser = make_parser(description)
     for add_group in (*groups, add_arguments):
         add_group(parser)
+    parser.set_defaults(argv=sys.argv[1:] if argv is None else list(argv))
     args = parser.parse_args(argv)
     if args.resume is not None:
-        run = read_json(Path(args.resume) / "run.json")
+        run = read_run(Path(args.resume))
         recorded = run["arguments"]
-        if not set(recorded) <= set(vars(args)):
+        if ("rounds" in recorded) != ("rounds" in args):  # federated or not
             raise InputError(f"--resume {args.resume}: a run of {run['script']}")
+        if unknown := sorted(set(recorded) - set(vars(args))):
+            raise InputError(f"--resume {args.resume}: made with {', '.join(unknown)}, which this "
+                             "version no longer has")
         if run.get("part_of"):
             raise InputError(f"--resume {args.resume}: part of a larger run, resume "
                              f"{Path(args.resume).parent}")
@@ -90,6 +93,33 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_run(folder: Path) -> dict:
+    """run.json of a run folder, the arguments of older runs under today's names."""
+    run = read_json(folder / "run.json")
+    return run | {"arguments": modern(run["arguments"])}
+
+
+def modern(arguments: dict) -> dict:
+    """The arguments of a run made before flags were renamed, under today's names and values.
+
+    What has no counterpart today keeps its old name, so that nothing is silently left out.
+    """
+    new = dict(arguments)
+    new.setdefault("remove", interventions.modern(
+        [name for name in interventions.RENAMED if new.pop(name, False)]))
+    if new.get("translation") in (0, 0.1):
+        kind = "translate" if new.pop("translation") else "paper"
+        new["augment"] = "none" if new.pop("no_augment") else kind
+    if new.get("site_data") and "site_names" in new:
+        names = new.pop("site_names") or [f"site{k}" for k in range(len(new["site_data"]))]
+        new["site_data"] = [f"{n}={d}" for n, d in zip(names, new["site_data"], strict=False)]
+    for gone, neutral in (("momentum", 0.9), ("local_only", False), ("seeds", None),
+                          ("models", None), ("site_names", None), ("share_scores", False)):
+        if gone in new and new[gone] == neutral:
+            del new[gone]
+    return new
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
@@ -104,16 +134,6 @@ def write_csv(path: Path, rows: list[list]) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def create(args: argparse.Namespace, script: str, images: Images, device: torch.device,
-           argv: list[str] | None) -> Path:
-    """Make the run folder and write `run.json`."""
-    networks = "-".join(getattr(args, "models", None) or [args.model])
-    seeds = f"seed{args.seed}" if not args.seeds else "seeds" + "-".join(map(str, args.seeds))
-    folder = new_folder(args.out, f"runs/{script}-{networks}-{images.name}-{seeds}")
-    write_run(folder, args, script, images, device, argv)
-    return folder
 
 
 def new_folder(out: str | None, default: str) -> Path:
@@ -132,12 +152,12 @@ def new_folder(out: str | None, default: str) -> Path:
 
 
 def write_run(folder: Path, args: argparse.Namespace, script: str, images: Images,
-              device: torch.device, argv: list[str] | None, part_of: str | None = None) -> None:
+              device: torch.device, part_of: str | None = None) -> None:
     """`run.json`: everything that made the run what it is. part_of: the run it is a fold or a
     single site of."""
     write_json(folder / "run.json", {
         "script": f"train_{script}.py", "part_of": part_of,
-        "argv": sys.argv[1:] if argv is None else argv,
+        "argv": args.argv,
         "arguments": {k: v for k, v in vars(args).items() if k not in UNRECORDED},
         "seed": args.seed, "synthetic": args.data is None, "data": images.name,
         "fingerprint": images.fingerprint(), "classes": images.classes,
@@ -161,10 +181,15 @@ def machine(device: torch.device) -> dict:
             "python": platform.python_version(), **{p: version(p) for p in packages}}
 
 
+def code() -> list[bytes]:
+    """Every source file of this project that a run can depend on."""
+    return [p.read_bytes() for p in sorted(ROOT.glob("*.py"))]
+
+
 def git_commit() -> str | None:
     """Commit of this code, "+changes" appended where the checkout differs; None outside git."""
     def git(*command: str) -> str:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *command], check=True,
+        return subprocess.run(["git", "-C", str(ROOT), *command], check=True,
                               capture_output=True, text=True).stdout.strip()
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
@@ -172,17 +197,16 @@ def git_commit() -> str | None:
         return None
 
 
-def begin(args: argparse.Namespace, script: str, images: Images, device: torch.device,
-          argv: list[str] | None) -> Path:
-    """The run folder: a new one, or the one to resume.
+def begin(args: argparse.Namespace, script: str, images: Images, device: torch.device) -> Path:
+    """The run folder: a new one with its run.json, or the one to resume.
 
     Refuses to resume on other data (InputError), warns of another machine or version.
     """
     if args.resume is None:
-        return create(args, script, images, device, argv)
-    run = read_json(Path(args.resume) / "run.json")
-    if run["fingerprint"] != images.fingerprint():
-        raise InputError(f"--resume {args.resume}: the images are not those of the run")
+        folder = new_folder(args.out, f"runs/{script}-{args.model}-{images.name}-seed{args.seed}")
+        write_run(folder, args, script, images, device)
+        return folder
+    run = check_images(Path(args.resume), images)
     for key, value in machine(device).items():
         if run["machine"].get(key) != value:
             warn(f"note: {key} was {run['machine'].get(key)} and is {value}: results may differ "
@@ -190,51 +214,59 @@ def begin(args: argparse.Namespace, script: str, images: Images, device: torch.d
     return Path(args.resume)
 
 
-def last_checkpoint(folder: Path) -> dict | None:
-    """Where a run stands; None if it was killed before its first checkpoint."""
-    if not (folder / "last.pt").exists():
-        return None
-    checkpoint = read_file(folder / "last.pt")
-    write_history(folder, checkpoint["history"])  # lines after the checkpoint will come again
-    return checkpoint
+def check_images(folder: Path, images: Images) -> dict:
+    """run.json of a run that was made with exactly these images; InputError for other ones."""
+    run = read_run(folder)
+    if run["fingerprint"] != images.fingerprint():
+        raise InputError(f"{folder}: the images are not those of the run")
+    return run
+
+
+def start_or_resume(folder: Path, images: Images, split: Split, clients: list[np.ndarray],
+                    start: dict) -> dict:
+    """The checkpoint to go on from. A new run begins with its split and its start on disk."""
+    if (folder / "last.pt").exists():
+        checkpoint = read_file(folder / "last.pt")
+        write_history(folder, checkpoint["history"])  # later lines will be written again
+        return checkpoint
+    write_split(folder, images, split, clients)
+    write_history(folder, [])
+    save(start, folder / "last.pt")
+    return start
 
 
 @contextmanager
-def resumable(folder: Path, script: str) -> Iterator[None]:
+def resumable(folder: Path | None) -> Iterator[None]:
     """Ctrl-C and lost weights end a run with one line that says what is kept and how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        warn(f"\nstopped; go on with: python train_{script}.py --resume {folder}")
+        if folder is not None:
+            warn(f"\nstopped; go on with: python {read_run(folder)['script']} --resume {folder}")
         raise SystemExit(130) from None
     except FloatingPointError as error:
-        warn(f"{error}; the last good state is kept in {folder}")
+        if folder is not None:
+            warn(f"{error}; the last good state is kept in {folder}")
         raise SystemExit(1) from None
 
 
-def each(main: Callable[[list[str]], None], folder: Path, flag: str, values: list,
-         single: str) -> list[Path]:
-    """Run `main` once per value of `--seeds` or `--models`, each run in its own folder in `folder`.
+def restarts() -> int:
+    """How often torchrun --max-restarts has started this job again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
-    Every one is an ordinary run that may be resumed by itself; those that are complete are kept.
-    """
-    argv = without(read_json(folder / "run.json")["argv"], flag, single, "--out")
-    done = []
-    for value in values:
-        part = folder / f"{single[2:] if isinstance(value, int) else ''}{value}"
-        print(f"---- {single[2:]} {value}: {part}", flush=True)
-        if part.exists() and not (part / "run.json").exists():
-            shutil.rmtree(part)  # killed between making it and writing in it
-        try:
-            if not part.exists():
-                main([*argv, single, str(value), "--out", str(part)])
-            elif not (part / "results.json").exists():
-                main(["--resume", str(part)])
-        except SystemExit:
-            warn(f"and with all that follows it: --resume {folder}")
-            raise
-        done.append(part)
-    return done
+
+def continued(argv: list[str]) -> list[str]:
+    """The command line of rank 0: after a restart it resumes the folder that its launcher began."""
+    if not restarts() or "--resume" in argv:
+        return argv
+    out = argv[argv.index("--out") + 1:argv.index("--out") + 2] if "--out" in argv else []
+    if out and Path(out[0]).is_dir() and not any(Path(out[0]).iterdir()):
+        Path(out[0]).rmdir()  # killed between making it and writing in it
+    places = [Path(x) for x in out] or sorted(
+        (p.parent for p in Path("runs").glob("*/run.json")), key=lambda p: p.stat().st_mtime)
+    mine = [p for p in places if (p / "run.json").exists()
+            and read_json(p / "run.json").get("launcher") == launcher()]
+    return [*without(argv, "--out"), "--resume", str(mine[-1])] if mine else argv
 
 
 def without(argv: list[str], *flags: str) -> list[str]:

@@ -1,35 +1,36 @@
 """Centralised training: k-fold cross-validation, one given split, and the twin of a federated run.
 
     python train_central.py --data DIR                     # section 3.5: 5 folds, 40 epochs each
-    python train_central.py --data DIR --models resnet50 vgg16 efficientnet_b0
-    python train_central.py --folds 1 --like runs/NAME     # split, network, seed, budget of a run
-    python train_central.py                                # synthetic smears, minutes on two cores
+    python train_central.py --like runs/NAME               # split, network, seed, budget of a run
+    python train_central.py --like runs/NAME --local-only  # each of its hospitals alone
+    python train_central.py                                # drawn smears: minutes on two cores
 """
 
 import argparse
 import time
 from pathlib import Path
 
-import torch
+import numpy as np
 from tqdm import tqdm
 
-import compare
 import data
 import evaluation
+import experiment
 import fedavg
 import models
+import report
 import run_folder
 import splits
-from checks import InputError, guard, integer, number, warn
+from checks import InputError, guard, integer, number
+from processes import Job
+from recipe import DEMONSTRATION
 from recipe import add_arguments as add_recipe_arguments
-from recipe import make_recipe
 
-# What the demonstration sets for itself where --data is not given; every flag still overrides.
-DEMONSTRATION = {"model": "resnet18", "weights": "none", "image_size": 32, "batch_size": 32,
-                 "lr": 1e-3, "plateau": 2, "early_stop": 5, "epochs": 20}
+Part = tuple[str, splits.Split, int]  # folder in the run folder, split, client that it stands for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a centralised run."""
     add = parser.add_argument_group("centralised training").add_argument
     add("--folds", type=integer(1), default=5, help="default 5; 1 = one run on the given --split")
     add("--epochs", type=integer(1), default=40, help="of each fold (default 40)")
@@ -37,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of a fold's training part that validates; 0 = fixed epochs, the last scored")
     add("--period", type=integer(1), default=1, help="epochs between validations (default 1)")
     add("--bn", choices=("train", "freeze"), default="train", help="BatchNorm layers")
-    add("--models", nargs="+", metavar="MODEL", help="several networks in turn, then their table")
     add("--like", metavar="RUN", help="one run with the split, network, seed, recipe and budget of "
         "a federated run, validated every local-epochs epochs")
+    add("--local-only", action="store_true", help="with --like: each of its clients alone, for "
+        "rounds x local-epochs epochs on its own images, scored on the common test part")
 
 
 GROUPS = (data.add_arguments, models.add_arguments, add_arguments, add_recipe_arguments)
@@ -48,72 +50,73 @@ GROUPS = (data.add_arguments, models.add_arguments, add_arguments, add_recipe_ar
 def defaults(args: argparse.Namespace) -> dict:
     """Defaults of the flags that were not given: those of the run to be like, else by the data."""
     if args.like is not None:
-        run = run_folder.read_json(Path(args.like) / "run.json")
-        if "rounds" not in run["arguments"]:
+        run = run_folder.read_run(Path(args.like))
+        recorded = run["arguments"]
+        if "rounds" not in recorded or recorded.get("local_only"):
             raise InputError(f"--like {args.like}: a run of {run['script']}, not a federated one")
-        recorded = dict(run["arguments"])
         rounds, local_epochs = recorded["rounds"], recorded["local_epochs"]
-        recorded["bn"] = "freeze" if recorded["bn"] == "freeze" else "train"
-        shared = {k: v for k, v in recorded.items() if k in vars(args) and k != "seeds"}
-        return shared | {"folds": 1, "epochs": rounds * local_epochs, "period": local_epochs}
-    chosen = {} if args.data else dict(DEMONSTRATION)
+        shared = {key: value for key, value in recorded.items() if key in vars(args)}
+        return shared | {"bn": "freeze" if recorded["bn"] == "freeze" else "train", "folds": 1,
+                         "epochs": rounds * local_epochs, "period": local_epochs}
+    chosen = {} if args.data else DEMONSTRATION | {"epochs": 20, "early_stop": 5}
     return chosen | ({"split": "stratified"} if args.folds > 1 else {})
 
 
-def prepare(args: argparse.Namespace) -> tuple:
-    """Images, splits by folder name ("" is the run folder itself), the first network and the
-    device, all checked before training."""
-    if args.data is None:
-        warn(f"SYNTHETIC DATA: no --data given. Drawn smears at {args.image_size} pixels, weights "
-             f"{args.weights}, {args.epochs} epochs, batch {args.batch_size}, rate {args.lr:g}: "
-             "a demonstration, not medical data")
+def prepare(args: argparse.Namespace) -> tuple[experiment.Experiment, list[Part]]:
+    """The experiment and the runs that it consists of, all checked before training."""
+    job = Job()
+    if job.world > 1:
+        raise InputError("train_central.py runs in one process, not under torchrun")
     if args.like is not None and args.folds > 1:
         raise InputError("--like copies one split: --folds 1")
-    device = models.pick_device(args.device)
-    make_recipe(args, device)  # refused now rather than with a folder begun
-    images = data.load(args)
-    if args.folds == 1:
-        several = {"": data.make_split(args, images)}
-    else:
-        several = {f"fold{k}": fold for k, fold in enumerate(data.make_folds(args, images), 1)}
-    if args.like is not None and args.resume is None:
-        check_like(Path(args.like), images, several[""])
-    for name in reversed(args.models or [args.model]):  # every one is built, the first is kept
-        model = models.build(name, len(images.classes), args.weights, args.seed, images.classes)
-        models.check_size(model, args.image_size)
-        models.freeze(model, args.train_from, batchnorm=args.bn == "freeze")
-    if args.models and len(set(args.models)) < len(args.models):
-        raise InputError(f"--models {' '.join(args.models)}: one of them twice")
-    return images, several, model.to(device), device
+    if args.local_only and args.like is None:
+        raise InputError("--local-only needs --like RUN, the federated run whose clients train")
+    with job.preparing(args) as facts:
+        run = experiment.prepare(args, job, facts)
+    parts = [(name, split, 0) for name, split in run.several.items()]
+    if args.like is not None:
+        run.clients = like_clients(args, Path(args.like), run.images, run.several[""])
+    if args.local_only:
+        parts = [(f"client{k}", run.several[""] | {"train": owned}, k)
+                 for k, owned in enumerate(run.clients)]
+    return run, parts
 
 
-def check_like(folder: Path, images: data.Images, split: splits.Split) -> None:
-    """The split must be that of the run to be like, image by image."""
-    there = [(row["path"], row["split"]) for row in run_folder.read_split(folder)]
-    if run_folder.read_json(folder / "run.json")["fingerprint"] != images.fingerprint():
-        raise InputError(f"--like {folder}: the images are not those of the run")
+def like_clients(args: argparse.Namespace, folder: Path, images: data.Images,
+                 split: splits.Split) -> list[np.ndarray]:
+    """The clients of the run to be like. A new run must have its images and its very split; one
+    that is resumed knows both itself."""
+    if args.resume is not None and (Path(args.resume) / "split.csv").exists():
+        folder = Path(args.resume)
+    rows = run_folder.read_split(folder)
+    run_folder.check_images(folder, images)
     parts = run_folder.part_names(split, len(images.paths))
-    if there != list(zip(images.paths, parts, strict=True)):
+    there = [(row["path"], row["split"]) for row in rows]
+    if args.resume is None and there != list(zip(images.paths, parts, strict=True)):
         raise InputError(f"--like {folder}: the flags here do not give its split")
+    owners = np.array([int(row["client"] or -1) for row in rows])
+    return [np.flatnonzero(owners == k) for k in range(owners.max() + 1)]
 
 
-def train_alone(args: argparse.Namespace, folder: Path, images: data.Images, split: splits.Split,
-                model: torch.nn.Module, start: fedavg.State, client_id: int = 0) -> None:
+def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experiment,
+                split: splits.Split, start: models.State, client_id: int = 0) -> None:
     """Train from `start` on split["train"] with one lasting optimiser, epoch by epoch; then finish.
 
     Goes on from the folder's checkpoint where there is one; a complete run is left as it is. Draws
-    what client `client_id` draws in round 1, so one round of one client is the same run. Raises
-    FloatingPointError where the weights stop being finite.
+    what client `client_id` draws in round 1, so that one round of one client is the same run.
+    Raises FloatingPointError where the weights stop being finite.
     """
     if (folder / "results.json").exists():
         return
-    device = next(model.parameters()).device
-    recipe = make_recipe(args, device)
-    part = evaluation.Evaluation(model, images, split)
-    weights = None if args.class_weights == "none" else fedavg.class_weights(
-        images.labels.numpy()[split["train"]], len(images.classes), device)
-    trainer = fedavg.make_optimizer(model, recipe, args.lr)
-    checkpoint = start_or_resume(folder, images, split, start, *trainer)
+    model, images = run.model, run.images
+    measured = evaluation.Evaluation(model, images, split)
+    counts = experiment.class_counts(images, split["train"])
+    recipe = experiment.weighted(run.recipe, args, counts, run.device)
+    trainer = fedavg.make_optimizer(model, recipe)
+    checkpoint = run_folder.start_or_resume(folder, images, split, [], make_checkpoint(
+        0, models.moved(start, "cpu"), [], trainer))
+    for part, key in zip(trainer, ("optimizer", "scaler"), strict=True):
+        part.load_state_dict(checkpoint[key])
     model.load_state_dict(checkpoint["state"])
     history = checkpoint["history"]
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -121,49 +124,39 @@ def train_alone(args: argparse.Namespace, folder: Path, images: data.Images, spl
         if evaluation.is_stale(validated, args.early_stop):
             print(f"early stop: no better validation loss for {args.early_stop} validations")
             break
-        lr = evaluation.plateau_lr(evaluation.val_losses(validated), args.lr, args.plateau)
+        lr = evaluation.plateau_lr(validated, args.lr, args.plateau)
         for group in trainer[0].param_groups:
             group["lr"] = lr
         began = time.perf_counter()
         with tqdm(total=args.expand * len(split["train"]), desc=f"epoch {epoch}/{args.epochs}",
                   unit="image", disable=None, leave=False) as bar:
             record = fedavg.train_local(
-                model, images, split["train"], recipe, *trainer, epochs=range(epoch - 1, epoch),
-                seed=args.seed, round_index=1, client_id=client_id, class_weights=weights,
-                progress=bar.update)
+                model, images, split["train"], recipe, *trainer, range(epoch - 1, epoch),
+                (args.seed, 1, client_id), bar.update)
         seconds = time.perf_counter() - began
         state = models.moved(model.state_dict(), "cpu")
         if not models.is_finite(state):
             raise FloatingPointError(f"epoch {epoch}: the weights are not finite")
-        val = None
-        if len(split["val"]) and epoch % args.period == 0:
-            val = part.measure("val", part.logits("val", state))
-        history.append(make_record(epoch, lr, record, val, seconds))
+        seen = len(split["val"]) and epoch % args.period == 0
+        tally = measured.tally("val", state) if seen else [0, 0, 0.0]
+        history.append(make_record(epoch, lr, record, tally, seconds))
         print_epoch(history[-1], args.epochs)
-        optimizer, scaler = (x.state_dict() for x in trainer)
-        checkpoint = {"epoch": epoch, "state": state, "history": history, "local_bn": {},
-                      "optimizer": optimizer, "scaler": scaler}
+        checkpoint = make_checkpoint(epoch, state, history, trainer)
         evaluation.save_progress(folder, args, model, images.classes, checkpoint)
-    evaluation.finish(folder, args, part, checkpoint)
+    report.print_summary(evaluation.finish(folder, args, measured, checkpoint))
+    print(f"report: {folder}/report.md")
 
 
-def start_or_resume(folder: Path, images: data.Images, split: splits.Split, start: fedavg.State,
-                    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict:
-    """The checkpoint to go on from; fills optimiser and scaler from it."""
-    checkpoint = run_folder.last_checkpoint(folder)
-    if checkpoint is None:
-        run_folder.write_split(folder, images, split, [])
-        run_folder.write_history(folder, [])
-        return {"epoch": 0, "state": models.moved(start, "cpu"), "local_bn": {}, "history": []}
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint
+def make_checkpoint(epoch: int, state: models.State, history: list[dict], trainer: tuple) -> dict:
+    """All that resuming needs; the optimiser and the scaler live on from epoch to epoch."""
+    optimizer, scaler = (part.state_dict() for part in trainer)
+    return {"epoch": epoch, "state": state, "history": history, "local_bn": {},
+            "optimizer": optimizer, "scaler": scaler}
 
 
-def make_record(epoch: int, lr: float, record: dict, val: dict | None, seconds: float) -> dict:
+def make_record(epoch: int, lr: float, record: dict, tally: list, seconds: float) -> dict:
     """One line of history.jsonl; without a validation its figures are null."""
-    return {"epoch": epoch, "lr": lr, "val_loss": val and val["loss"],
-            "val_accuracy": val and val["accuracy"]["value"], "train_loss": record["loss"],
+    return {"epoch": epoch, "lr": lr, **evaluation.validation(tally), "train_loss": record["loss"],
             "train_accuracy": record["accuracy"], "images": record["images"],
             "steps": record["steps"], "skipped_steps": record["skipped_steps"],
             "seconds": seconds, "images_per_second": record["images"] / seconds}
@@ -176,41 +169,37 @@ def print_epoch(record: dict, epochs: int) -> None:
           f"lr {record['lr']:g}, {record['images_per_second']:.1f} images/s", flush=True)
 
 
-def train_parts(args: argparse.Namespace, folder: Path, images: data.Images,
-                several: dict[str, splits.Split], model: torch.nn.Module, script: str,
-                argv: list[str] | None) -> None:
-    """Folds or single sites: each from the same start in a folder of its own, then pooled."""
-    start = models.moved(model.state_dict(), "cpu")
-    device = next(model.parameters()).device
-    for i, (name, split) in enumerate(several.items()):
+def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experiment,
+                parts: list[Part]) -> None:
+    """Folds, or hospitals alone: each from the same start in a folder of its own, then pooled."""
+    start = models.moved(run.model.state_dict(), "cpu")
+    for name, split, client_id in parts:
         part = folder / name
         part.mkdir(exist_ok=True)
         if not (part / "run.json").exists():
-            run_folder.write_run(part, args, script, images, device, argv, part_of=folder.name)
+            run_folder.write_run(part, args, "central", run.images, run.device, folder.name)
         print(f"---- {name}: {len(split['train'])} training, {len(split['val'])} validation, "
               f"{len(split['test'])} test images", flush=True)
-        train_alone(args, part, images, split, model, start, i if script == "federated" else 0)
-    evaluation.pool(folder, images, several)
+        train_alone(args, part, run, split, start, client_id)
+    evaluation.pool_folds(folder, run.images, {name: split for name, split, _ in parts})
 
 
 def main(argv: list[str] | None = None) -> None:
     args = run_folder.parse(__doc__, GROUPS, defaults, argv)
-    images, several, model, device = prepare(args)
-    folder = run_folder.begin(args, "central", images, device, argv)
-    with run_folder.resumable(folder, "central"):
-        if args.seeds or args.models:
-            flags = ("--seeds", args.seeds, "--seed") if args.seeds else (
-                "--models", args.models, "--model")
-            compare.write(folder, run_folder.each(main, folder, *flags))
-            return
-        print(f"run folder: {folder}; {args.model} on {device}")
-        images.pixels = images.pixels.to(device)  # once; batches are gathered there
-        if args.folds == 1:
-            train_alone(args, folder, images, several[""], model, model.state_dict())
+    run, parts = prepare(args)
+    folder = run_folder.begin(args, "central", run.images, run.device)
+    with run_folder.resumable(folder):
+        print(f"run folder: {folder}; {args.model} on {run.device}")
+        run.images.pixels = run.images.pixels.to(run.device)  # once; batches are gathered there
+        if args.local_only:
+            run_folder.write_split(folder, run.images, run.several[""], run.clients)
+            train_parts(args, folder, run, parts)
+        elif args.folds > 1:
+            tests = {name: split["test"] for name, split, _ in parts}
+            run_folder.write_split(folder, run.images, tests, [])
+            train_parts(args, folder, run, parts)
         else:
-            tests = {name: split["test"] for name, split in several.items()}
-            run_folder.write_split(folder, images, tests, [])
-            train_parts(args, folder, images, several, model, "central", argv)
+            train_alone(args, folder, run, run.several[""], run.model.state_dict())
 
 
 if __name__ == "__main__":

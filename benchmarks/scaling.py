@@ -5,8 +5,9 @@
 
 The same synthetic images are dealt to 4, 16 and 64 clients. One process has as many threads as
 torchrun has processes of one thread. Blocks alternate; a round's seconds are the median over blocks
-and rounds, without the first round. Memory is the peak resident set of a process; bytes are what a
-process sent, a round. Draws runs/scaling.png; last line: JSON.
+and rounds, without the first round. Memory is the peak resident set of a process; MB sent are the
+updates of the busiest process, one model for each of its clients. Draws runs/scaling.png; last
+line: JSON.
 """
 
 import argparse
@@ -28,19 +29,16 @@ from checks import guard, integer, make_parser
 
 def work(place: Path, argv: list[str]) -> None:
     """One process of a measured run; leaves its bytes and memory in `place`."""
+    import processes
     import train_federated
     sys.argv = ["train_federated.py", *argv]
 
-    def main(argv: list[str], team=None) -> None:
-        train_federated.main(argv, team)
+    def main(argv: list[str], job: processes.Job) -> None:
+        train_federated.main(argv, job)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        (place / f"rank{team.rank if team else 0}.json").write_text(
-            json.dumps({"bytes": sum(team.sent.values()) if team else 0, "peak_mb": memory}))
-    if "RANK" in os.environ:
-        import launch
-        launch.launch(main)
-    else:
-        main(argv)
+        (place / f"rank{job.rank}.json").write_text(
+            json.dumps({"bytes": job.sent["update"], "peak_mb": memory}))
+    processes.start(main)
 
 
 def measure(args: argparse.Namespace, processes: int, clients: int) -> dict:
@@ -113,7 +111,7 @@ def main() -> None:
         "speedup": {c: time[1, c] / time[args.processes, c] for c in args.clients},
         "memory_most_over_fewest_clients": {
             p: memory[p, last] / memory[p, first] for p in (1, args.processes)},
-        "sent_mb_a_round": {r["clients"]: r["MB sent a round"] for r in rows
+        "updates_mb_a_round": {r["clients"]: r["MB sent a round"] for r in rows
                             if r["processes"] > 1}}))
 
 

@@ -79,21 +79,20 @@ def timed(steps, count: int, batch_size: int, device: torch.device) -> float:
 
 def ceiling_loop(images, args, recipe, device):
     model = models.build(args.model, 4).to(device)
-    trainer = fedavg.make_optimizer(model, recipe, 1e-4)
+    trainer = fedavg.make_optimizer(model, recipe)
     models.train_mode(model)
     batch = data.eval_batch(images, torch.arange(args.batch_size), device)
     targets = images.labels[:args.batch_size].to(device)
     while True:
-        yield fedavg.train_step(model, batch, targets, recipe, *trainer, class_weights=None,
-                                reference=[])
+        yield fedavg.train_step(model, batch, targets, recipe, *trainer, [])
 
 
 def our_rate(model, images, args, recipe, device) -> float:
     """Images per second of the whole local training, `--steps` batches long."""
-    trainer = fedavg.make_optimizer(model, recipe, 1e-4)
+    trainer = fedavg.make_optimizer(model, recipe)
     began = time.perf_counter()
     record = fedavg.train_local(model, images, np.arange(args.steps * args.batch_size), recipe,
-                                *trainer, epochs=range(1), seed=0, round_index=1, client_id=0)
+                                *trainer, range(1), (0, 1, 0))
     return record["images"] / (time.perf_counter() - began)
 
 
@@ -102,8 +101,10 @@ def average_seconds(model) -> float:
     state, best = model.state_dict(), float("inf")
     for _ in range(3):
         began = time.perf_counter()
-        mean = fedavg.weighted_average((state, 651 + k) for k in range(CLIENTS))
-        next(iter(mean.values())).cpu()
+        average = fedavg.WeightedAverage()
+        for k in range(CLIENTS):
+            average.add(state, 651 + k)
+        next(iter(average.result().values())).cpu()
         best = min(best, time.perf_counter() - began)
     return best
 

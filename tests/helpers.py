@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -18,8 +19,10 @@ from torch import nn
 
 import data
 import fedavg
+import models
 import train_central  # noqa: F401  (for the processes forked from here)
 import train_federated
+from processes import Job
 
 CPU = torch.device("cpu")
 ROOT = Path(data.__file__).parent
@@ -74,12 +77,30 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def run_round(model, state, clients, images, recipe=PLAIN, chosen=None, **more):
-    settings = {"bn": "average", "lr": 0.1, "local_epochs": 1, "class_weights": None, "seed": 0,
-                "round_index": 1}
-    return fedavg.run_round(model, state, more.pop("local_bn", {}),
-                            list(range(len(clients))) if chosen is None else chosen, clients,
-                            images, recipe, **(settings | more))
+def average(updates):
+    """Σ n_k θ_k / Σ n_k over (state, n_k) pairs."""
+    total = fedavg.WeightedAverage()
+    for state, num_examples in updates:
+        total.add(state, num_examples)
+    return total.result()
+
+
+def run_round(model, state, clients, images, recipe=PLAIN, chosen=None, bn="average", local_bn=None,
+              seed=0, round_index=1, module=fedavg, **fields):
+    """One round as train_federated.train composes it: (state, local_bn, records)."""
+    recipe = replace(recipe, **({"lr": 0.1, "local_epochs": 1} | fields))
+    local_bn, records, total = dict(local_bn or {}), [], module.WeightedAverage()
+    for k in range(len(clients)) if chosen is None else chosen:
+        update = module.train_client(model, state | local_bn.get(k, {}), images, clients[k], recipe,
+                                     (seed, round_index, k))
+        entries = module.accept(update, records, local_bn,
+                                models.batchnorm_keys(model) if bn == "local" else [])
+        if entries is not None:
+            total.add(entries, update.num_examples)
+    state, kept = state | total.result(), module.kept(records)
+    if bn == "recalibrate":
+        state = train_federated.recalibrate(Job(), model, state, images, clients, kept)
+    return state, local_bn, records
 
 
 def write_tree(root: Path, counts: dict[str, int], size: int = 20, seed: int = 0) -> Path:

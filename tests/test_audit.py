@@ -158,10 +158,10 @@ def test_grey_world_gives_equal_channel_means():
 
 def test_interventions_change_training_and_follow_the_model(tree, tmp_path):
     plain = train(tree, tmp_path / "plain")
-    masked = train(tree, tmp_path / "masked", "--mask-corner", "--grey-world")
+    masked = train(tree, tmp_path / "masked", "--remove", "colour", "scale-bar")
     states = [models.read_file(f / "model.pt") for f in (plain, masked)]
     assert states[0]["interventions"] == []
-    assert states[1]["interventions"] == ["mask_corner", "grey_world"]
+    assert states[1]["interventions"] == ["scale-bar", "colour"]
     assert not torch.equal(*(next(iter(s["state"].values())) for s in states))
     predict.main([str(masked), str(tree), "--exact", "--out", str(tmp_path / "p.csv")])
     with open(tmp_path / "p.csv", encoding="utf-8") as file:
@@ -232,7 +232,7 @@ def test_audit_of_a_run_agrees_with_the_run(doubled, tmp_path):
             (("with_partner", partners), ("without_partner", len(split["test"]) - partners))]
     assert sum(hits) == round(found["accuracy"]["value"] * len(split["test"]))
     assert found["called_benign"] == [] and set(found["under_interventions"]) == {
-        "mask_corner", "grey_world"}
+        "scale-bar", "colour"}
     probe = found["probes"]["colour means"]
     assert probe["difference"]["value"] == pytest.approx(
         found["accuracy"]["value"] - probe["accuracy"]["value"])

@@ -39,8 +39,8 @@ def test_scaling_prints_one_json_object_last_and_draws(capsys, monkeypatch, tmp_
                                      "--figure", str(tmp_path / "scaling.png")])
     runpy.run_path(str(FOLDER / "scaling.py"), run_name="__main__")
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(out) == ["speedup", "memory_most_over_fewest_clients", "sent_mb_a_round"]
+    assert list(out) == ["speedup", "memory_most_over_fewest_clients", "updates_mb_a_round"]
     assert all(v > 0 for group in out.values() for v in group.values())
-    sent = out["sent_mb_a_round"]
-    assert sent["4"] == pytest.approx(sent["2"], rel=0.01)  # one model, whatever the clients
+    sent = out["updates_mb_a_round"]
+    assert sent["4"] == 2 * sent["2"]  # one model a client: two of four clients, one of two
     assert (tmp_path / "scaling.png").stat().st_size > 1000

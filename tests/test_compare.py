@@ -78,14 +78,15 @@ def test_seeds_of_one_configuration_are_one_row(tmp_path, capsys):
     assert t["mcnemar"][0]["p"] == 1.0 and t["mcnemar"][1]["p"] == pytest.approx(10 / 16)
 
 
-def test_a_group_folder_stands_for_its_runs(tmp_path, capsys):
+def test_a_folder_of_several_runs_names_them(tmp_path):
+    """Older versions made such folders (--seeds, --models)."""
     parent = tmp_path / "many"
     for s in (0, 1):
         make_run(parent / f"seed{s}", {s}, seed=s)
     (parent / "run.json").write_text(json.dumps(
         {"script": "x", "seed": 0, "arguments": {"seeds": [0, 1]}}))
-    _, found = run(capsys, tmp_path, parent)
-    assert found["rows"]["many"]["runs"] == 2 and found["tests"] == []
+    with pytest.raises(InputError, match="several runs, name them: .*many/seed0 .*many/seed1"):
+        compare.main([str(parent)])
 
 
 def test_the_same_run_twice_is_two_rows_and_an_other_model_is_no_seed(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,10 +16,13 @@ import torch
 from helpers import BASE, ROOT, Process, equal, same_run, script, write_tree
 
 import models
+import train_federated
+from processes import Job
 
 ONE = {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SCRIPT = ROOT / "train_federated.py"
+CODE = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("*.py"))]
 SITE = [x for x in BASE if x not in ("--rounds", "3")] + ["--rounds", "2"]
 
 
@@ -83,14 +87,64 @@ def test_any_number_of_processes_gives_the_bytes_of_one(tree, alone, tmp_path, c
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in out.iterdir())
 
 
-def test_one_process_imports_and_starts_nothing_of_it():
-    code = ("import sys, train_federated, torch; "
-            "assert not {'distributed', 'launch'} & set(sys.modules); "
-            "assert not torch.distributed.is_initialized()")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    source = (ROOT / "train_federated.py").read_text()
-    assert source.count("import launch") == 1  # behind the test for torchrun's variables
-    assert "        import launch\n" in source and "import distributed" not in source
+def test_one_process_opens_nothing_and_sends_nothing(tree, tmp_path, monkeypatch):
+    """No store, no group, no byte: a job of one runs the same lines and crosses nothing."""
+    monkeypatch.setattr(torch.distributed, "rendezvous", None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", None)
+    job = Job()
+    train_federated.main(["--data", str(tree), *BASE, "--out", str(tmp_path / "run")], job)
+    assert (tmp_path / "run" / "results.json").exists()
+    assert job.store is None and not job.sent and not torch.distributed.is_initialized()
+
+
+def test_packed_states_come_back_in_dtype_shape_and_layout():
+    state = {"conv": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
+             "count": torch.tensor(7), "half": torch.ones(3, dtype=torch.float16),
+             "mean": torch.randn(5)}
+    flat = models.pack(state)
+    assert [(x.dtype, len(x)) for x in flat] == [
+        (torch.float32, 53), (torch.int64, 1), (torch.float16, 3)]
+    back = models.unpack(flat, {k: torch.zeros_like(v) for k, v in state.items()})
+    assert equal(back, state) and list(back) == list(state)
+    assert all(back[k].stride() == v.stride() and back[k].dtype == v.dtype
+               for k, v in state.items())
+
+
+# Client 0 is slow, client 1 lost: no order of arrival may matter. With "all", everyone is lost.
+POISON = f"""
+import runpy, sys, time
+import fedavg
+who = sys.argv.pop()
+original = fedavg.train_local
+def poisoned(model, *args):
+    record = original(model, *args)
+    client = args[6][2]
+    time.sleep(1.0 if client == 0 else 0)
+    if who in (str(client), "all"):
+        next(model.parameters()).data.fill_(float("nan"))
+    return record
+fedavg.train_local = poisoned
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+def test_skewed_clients_and_a_lost_one_give_the_bytes_of_one_process(tree, tmp_path):
+    flags = ["--data", tree, *BASE, "--rounds", 2, "--clients", 5, "--partition", "dirichlet"]
+    one = Process(POISON, [*flags, "--out", tmp_path / "one", "1"], threads=1).wait()
+    assert one.returncode == 0 and one.stderr.count("client 1 is not finite") == 2, one
+    two = ranks(2, [[*flags, "--out", tmp_path / "two", "1"]] * 2, program=POISON)
+    assert [d.returncode for d in two] == [0, 0], two
+    assert same_run(tmp_path / "one", tmp_path / "two")
+    assert two[0].stderr == one.stderr and two[1].stderr == ""
+
+
+def test_all_updates_lost_ends_every_process_with_one_line(tree, tmp_path):
+    done = ranks(2, [["--data", tree, *BASE, "--out", tmp_path / "run", "all"]] * 2, program=POISON)
+    assert [d.returncode for d in done] == [1, 1], done
+    assert done[0].stderr.splitlines()[-1] == (
+        f"no client's update is finite; the last good state is kept in {tmp_path / 'run'}")
+    assert done[1].stderr == ""
+    assert models.read_file(tmp_path / "run" / "last.pt")["round"] == 0
 
 
 # ---- faults -----------------------------------------------------------------------------------
@@ -185,17 +239,19 @@ def test_other_data_or_code_is_named(tree, tmp_path):
     results = ranks(2, [["--data", d, *BASE, "--out", out] for d in (tree, other)])
     assert "the data of rank 1 differs" in results[0].stderr
     assert results[1].stderr == ""
-    changed = tmp_path / "code"
-    changed.mkdir()
-    for file in ROOT.glob("*.py"):
-        (changed / file.name).write_text(file.read_text() + "# changed\n")
-    out = tmp_path / "again"
-    program = ("import os, runpy, distributed\n"
-               "if os.environ['RANK'] == '1':\n"
-               f"    distributed.__file__ = {str(changed / 'distributed.py')!r}\n"
-               f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
-    results = ranks(2, [["--data", tree, *BASE, "--out", out]] * 2, program=program)
-    assert "code of rank 1 differs" in results[0].stderr, results
+    for number, file in enumerate(CODE):
+        changed = tmp_path / f"code{number}"
+        for source in CODE:
+            (changed / source).parent.mkdir(parents=True, exist_ok=True)
+            (changed / source).write_text((ROOT / source).read_text() + "# changed\n" * (
+                source == file))
+        program = ("import os, pathlib, runpy, run_folder\n"
+                   "if os.environ['RANK'] == '1':\n"
+                   f"    run_folder.ROOT = pathlib.Path({str(changed)!r})\n"
+                   f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
+        results = ranks(2, [["--data", tree, *BASE, "--out", tmp_path / file]] * 2,
+                        program=program)
+        assert "code of rank 1 differs" in results[0].stderr, results
 
 
 def test_a_precision_that_auto_resolves_differently_is_named(tree, tmp_path):
@@ -211,28 +267,27 @@ def test_a_precision_that_auto_resolves_differently_is_named(tree, tmp_path):
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_one_process_flags_are_refused_under_torchrun_in_one_line(tree, tmp_path, late):
+def test_what_every_process_refuses_is_one_line_under_torchrun(tree, tmp_path, late):
     """Whichever process comes to it first: torchrun ends the other."""
     program = tmp_path / "train_federated.py"
     program.write_text("import os, runpy, sys, time\n"
                        f"time.sleep(3 * (os.environ['RANK'] == '{late}'))\n"
                        f"sys.path.insert(0, {str(ROOT)!r})\n"
                        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
-    done = torchrun(2, "--data", tree, *BASE, "--local-only", "--out", tmp_path / "x",
-                    program=program)
-    assert len(ours(done.stderr)) == 1 and "--local-only" in ours(done.stderr)[0], done.stderr
+    done = torchrun(2, *BASE, "--site-data", f"A={tree}", "--out", tmp_path / "x", program=program)
+    assert len(ours(done.stderr)) == 1 and "1 folder(s) for 2" in ours(done.stderr)[0], done.stderr
     assert done.returncode != 0 and not (tmp_path / "x").exists()
 
 
 def test_a_second_process_that_alone_fails_speaks_for_itself_in_the_end(tree, tmp_path):
-    done = script("--data", tree, *BASE, "--local-only", "--out", tmp_path / "x", env={
+    done = script(*BASE, "--site-data", f"A={tree}", "--out", tmp_path / "x", env={
         "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
     assert done.returncode == 2 and ours(done.stderr) == done.stderr.splitlines() != []
-    assert "--local-only" in done.stderr
+    assert "1 folder(s) for 2" in done.stderr
 
 
 def test_site_flags_are_refused_without_torchrun(tree, tmp_path):
-    alone = script("--site-data", tree, *BASE, "--out", tmp_path / "x")
+    alone = script("--site-data", f"A={tree}", *BASE, "--out", tmp_path / "x")
     assert alone.returncode == 2 and "torchrun" in alone.stderr
     assert not (tmp_path / "x").exists()
 
@@ -260,11 +315,13 @@ for name in dir(dist):
         def wrapped(*a, original=function, name=name, **k):
             sends = name not in ('recv', 'irecv') and not (name == 'broadcast' and a[1] != RANK)
             if sends:
-                seen.append([name, str(a[0].dtype), list(a[0].shape), a[0].flatten()[:64].tolist()])
+                x = a[0]
+                text = x.numpy().tobytes().decode() if x.dtype == torch.uint8 else None
+                seen.append([name, str(x.dtype), list(x.shape), text])
             return original(*a, **k)
         setattr(dist, name, wrapped)
 RANK = int(os.environ['RANK'])
-import train_federated, launch
+import processes, train_federated
 import matplotlib.backends.backend_agg, torch._dynamo, torch.utils._pytree
 from PIL import Image
 Image.init()
@@ -272,11 +329,11 @@ if os.environ['SITE_USER']:  # from here on, a user who sees its own folder only
     os.setgroups([])
     os.setgid(int(os.environ['SITE_USER']))
     os.setuid(int(os.environ['SITE_USER']))
-def main(argv, team):
-    train_federated.main(argv, team)
-    json.dump({'seen': seen, 'sent': team.sent}, open(place, 'w'))
+def main(argv, job):
+    train_federated.main(argv, job)
+    json.dump({'seen': seen, 'sent': job.sent}, open(place, 'w'))
 sys.argv[0] = 'train_federated.py'
-launch.launch(main)
+processes.start(main)
 """
 
 
@@ -296,8 +353,8 @@ def site_run(sites):
         (root / name).mkdir()
         os.chown(root / name, user, user)
         outs.append(root / name / "run")
-    results = ranks(2, [[*SITE, "--site-data", sites / name, "--site-names", "North", "South",
-                         "--out", out] for name, out in zip("AB", outs, strict=True)],
+    results = ranks(2, [[*SITE, "--site-data", f"{called}={sites / name}", "--out", out]
+                        for name, called, out in zip("AB", ("North", "South"), outs, strict=True)],
                     users, RECORDER)
     assert [r.returncode for r in results] == [0, 0], results
     other = subprocess.run(["/bin/ls", sites / "B"], user=users[0], capture_output=True,
@@ -332,52 +389,46 @@ def test_every_payload_is_on_the_list(site_run):
     """All that both processes handed to torch.distributed, one by one, in order."""
     _, outs = site_run
     state = models.read_file(outs[0] / "model.pt")["state"]
-    shapes = [list(v.shape) for v in state.values()]
-    kinds = {torch.float32: "torch.float32", torch.int64: "torch.int64"}
-    whole = [("broadcast", kinds[v.dtype], s) for v, s in zip(state.values(), shapes, strict=True)]
-    sums = [("send", "torch.float64" if v.is_floating_point() else "torch.int64", s)
-            for v, s in zip(state.values(), shapes, strict=True)
-            for _ in range(2 if v.is_floating_point() else 1)]  # high and low of the exact sum
-
-    def table(width):
-        return ("all_reduce", "torch.float64", [2, width])
-    with open(str(outs[1]) + "-payloads.json", encoding="utf-8") as file:
-        south = json.load(file)
-    with open(str(outs[0]) + "-payloads.json", encoding="utf-8") as file:
-        north = json.load(file)
-    width = south["seen"][1][2][1]
-    evaluation = [table(1), table(1), table(16)]  # n, loss sum, confusion
-    one_round = [table(1), table(1), table(1), *evaluation]  # n, loss sum, n kept; validation
-    common = [table(3), table(width), table(2)]  # digests; round and rounds done
-    counts = table(4)
-    expected = {
-        "south": [*common, counts, *([("send", "torch.int64", [1]), *sums, *one_round] * 2),
-                  *(evaluation * 4)],
-        "north": [*common, ("broadcast", "torch.float64", [0]), *whole, counts,
-                  *([("broadcast", "torch.int64", [1]), *whole, *one_round] * 2), *whole,
-                  *(evaluation * 4)]}
-    for name, record in (("south", south), ("north", north)):
-        assert [(a, b, c) for a, b, c, _ in record["seen"]] == expected[name], name
-        assert set(record["sent"]) <= {"state", "n", "class counts", "confusion", "loss sums",
-                                       "fingerprint"}
-    assert south["seen"][3][3] == [0, 0, 0, 0, 13, 0, 0, 9]  # its own class counts, row 1
-    digests = np.array(north["seen"][1][3]).reshape(2, -1)[0]
-    assert (digests >= 2**20).mean() > 0.9  # hashes: no argument crosses as it is
-
-
-def test_scores_cross_on_request_and_give_the_auc(sites, tmp_path):
-    out = tmp_path / "run"
-    done = torchrun(2, *SITE, "--site-data", sites / "A", sites / "B", "--share-scores",
-                    "--out", out)
-    assert done.returncode == 0, done.stderr
-    pooled = json.loads((out / "results.json").read_text())
-    assert 0 <= pooled["best"]["test"]["roc_auc"] <= 1
-    assert pooled["best"]["val"]["roc_auc"] is None  # of test images only
+    floats = sum(v.numel() for v in state.values() if v.is_floating_point())
+    whole = [("torch.float32", floats), ("torch.int64", sum(map(torch.numel, state.values()))
+                                         - floats)]  # one model
+    header = ("torch.uint8", 2**16)
+    records = []
+    for out in outs:
+        with open(f"{out}-payloads.json", encoding="utf-8") as file:
+            records.append(json.load(file))
+        assert set(records[-1]["sent"]) <= {"agreement", "counts", "header", "update",
+                                            "state", "records", "tally", "confusion"}
+    north, south = (r["seen"] for r in records)
+    sent = [(dtype, shape[0]) for name, dtype, shape, _ in south if name == "isend"]
+    assert sent == [header, *whole] * 2  # of each round its own update, and nothing else
+    assert not [x for x in north if x[0] == "isend"]
+    assert {x[0] for x in north + south} == {"broadcast", "isend"}
+    tensors = [(dtype, shape[0]) for name, dtype, shape, text in north
+               if text is None and shape != [1]]
+    assert tensors == whole * 4  # the state: at the start, after each round, of the best round
+    told = [json.loads(text) for *_, text in south if text is not None]
+    name, facts, stands, memory, counts, *rest = told
+    assert (name, stands, memory, counts) == ("South", [0, []], [[], [], []], [13, 0, 0, 9])
+    assert facts.pop("failed") is False
+    assert all(re.fullmatch("[0-9a-f]{64}", x) for x in facts.values())  # digests of flags and code
+    for update, memory, tally in (rest[:3], rest[3:6]):
+        assert update[:2] == [1, 22] and memory == [[], [], []]
+        assert {k for k, v in update[2].items() if v is not None} == {"site", "images", "steps",
+                                                                      "loss"}
+        assert len(tally) == 3 and tally[0] == 2
+    assert len(rest) == 10  # last and best model, validation and test: confusion, n, loss
+    assert all(np.sum(x[0]) == x[1] == 2 and isinstance(x[2], float) for x in rest[6:])
+    memory = [json.loads(text) for *_, text in north if text is not None][5::2][:2]
+    for _, _, clients in memory:  # what the server tells every site of the others
+        assert [c["site"] for c in clients] == ["North", "South"]
+        assert all(c["accuracy"] is c["update_norm"] is c["skipped_steps"] is None
+                   for c in clients)
 
 
 def test_a_site_with_an_unknown_class_is_refused_and_named(sites, tmp_path):
-    done = torchrun(2, *SITE, "--site-data", sites / "A", sites / "C", "--site-names", "North",
-                    "Third", "--out", tmp_path / "run")
+    done = torchrun(2, *SITE, "--site-data", f"North={sites / 'A'}", f"Third={sites / 'C'}",
+                    "--out", tmp_path / "run")
     lines = ours(done.stderr)
     assert done.returncode != 0 and any("Third" in x and "Foo" in x for x in lines), done.stderr
     assert "Traceback" not in "".join(x for x in lines)
@@ -388,12 +439,21 @@ def test_sites_resume_to_the_same_bytes(sites, tmp_path):
     def train(*arguments):
         done = torchrun(2, *arguments)
         assert done.returncode == 0, done.stderr
-    flags = [*SITE, "--site-data", sites / "A", sites / "B"]
+    flags = [*SITE, "--site-data", f"one={sites / 'A'}", f"two={sites / 'B'}"]
     train(*flags, "--out", tmp_path / "whole")
     train(*flags, "--rounds", "1", "--out", tmp_path / "cut")
     run = json.loads((tmp_path / "cut" / "run.json").read_text())  # as if killed in round 2
     run["arguments"]["rounds"] = 2
     (tmp_path / "cut" / "run.json").write_text(json.dumps(run))
     train("--resume", tmp_path / "cut")
-    for name in ("model.pt", "site0/predictions.csv", "site1/predictions.csv", "site1/model.pt"):
+    for name in ("model.pt", "one/predictions.csv", "two/predictions.csv", "two/model.pt"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert (tmp_path / "cut" / "two" / "report.md").exists()
+
+
+def test_sites_need_names_of_their_own(sites, tmp_path):
+    for first, second, words in (("A", "A", "needs a name of its own"), ("A", "", "NAME=DIR")):
+        done = torchrun(2, *SITE, "--site-data", f"{first}={sites / 'A'}",
+                        f"{second}={sites / 'B'}", "--out", tmp_path / "run")
+        assert done.returncode != 0 and words in "".join(ours(done.stderr)), done.stderr
+        assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, PLAIN, BNNet, clone, equal, plain_net, toy_images
+from helpers import CPU, BNNet, clone, equal, plain_net, run_round, toy_images
 
 import data
 import evaluation
@@ -19,8 +19,6 @@ ROOT = Path(__file__).parent.parent
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")]
         for line in (ROOT / "LESSONS.md").read_text("utf-8").splitlines()
         if re.match(r"\| \d\. ", line)]
-SETTINGS = {"bn": "average", "lr": 0.1, "local_epochs": 1, "class_weights": None, "seed": 0,
-            "round_index": 1}
 
 
 def broken(number):
@@ -35,11 +33,10 @@ def broken(number):
     return module
 
 
-def one_round(module, model):
+def one_round(module, model, chosen=(0, 1)):
     images, clients = toy_images(12), [np.arange(3), np.arange(3, 12)]
-    state, _, _ = module.run_round(model, clone(model.state_dict()), {}, [0, 1], clients, images,
-                                   PLAIN, **SETTINGS)
-    return state
+    return run_round(model, clone(model.state_dict()), clients, images, chosen=chosen,
+                     module=module)[0]
 
 
 def test_there_are_six_and_the_tests_they_name_exist():
@@ -51,9 +48,7 @@ def test_there_are_six_and_the_tests_they_name_exist():
 
 def test_lesson_1_small_clients_count_as_much_as_large_ones():
     right, wrong = (one_round(m, plain_net()) for m in (fedavg, broken(1)))
-    alone = [fedavg.run_round(plain_net(), clone(plain_net().state_dict()), {}, [k],
-                              [np.arange(3), np.arange(3, 12)], toy_images(12), PLAIN,
-                              **SETTINGS)[0] for k in (0, 1)]
+    alone = [one_round(fedavg, plain_net(), [k]) for k in (0, 1)]
     for key, value in right.items():
         a, b = (s[key].double() for s in alone)
         torch.testing.assert_close(value.double(), (3 * a + 9 * b) / 12, rtol=0, atol=1e-7)

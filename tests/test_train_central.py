@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import BASE, ROOT, SMALL, equal, history, kill, same_run, script, train
+from helpers import ROOT, SMALL, equal, history, kill, same_run, script, train
 
 import evaluation
 import fedavg
@@ -13,15 +13,18 @@ import metrics
 import models
 import run_folder
 import train_central
-import train_federated
 from checks import InputError
 
-FOLDS = ["--folds", "3", "--epochs", "2", "--optimizer", "sgd", "--momentum", "0.9",
-         "--plateau", "1"]
+FOLDS = ["--folds", "3", "--epochs", "2", "--optimizer", "sgd", "--plateau", "1"]
 
 
 def central(tree, out, *arguments):
     train_central.main(["--data", str(tree), *SMALL, "--out", str(out), *map(str, arguments)])
+    return out
+
+
+def alone(run, out):
+    train_central.main(["--like", str(run), "--local-only", "--out", str(out)])
     return out
 
 
@@ -60,12 +63,13 @@ def test_one_client_and_one_round_are_central_training_bit_for_bit(tree, tmp_pat
 
 def test_single_sites_are_central_training_on_what_they_own(tree, tmp_path):
     """One client alone is the centre; several train for rounds x local epochs on their own part."""
-    train(tree, tmp_path / "one", "--clients", 1, "--local-only", "--rounds", 1,
-          "--local-epochs", 2)
     train(tree, tmp_path / "fed", "--clients", 1, "--rounds", 1, "--local-epochs", 2)
+    alone(tmp_path / "fed", tmp_path / "one")
     assert equal(last(tmp_path / "one" / "client0"), last(tmp_path / "fed"))
-    out = train(tree, tmp_path / "sites", "--clients", 3, "--local-only", "--rounds", 2,
-                "--partition", "dirichlet", "--alpha", 1)
+    three = train(tree, tmp_path / "three", "--clients", 3, "--rounds", 2, "--partition",
+                  "dirichlet", "--alpha", 1, "--bn", "local", "--fraction", 0.5)
+    out = alone(three, tmp_path / "sites")
+    assert (out / "split.csv").read_bytes() == (three / "split.csv").read_bytes()
     rows = list(csv.DictReader((out / "split.csv").open()))
     tests = [r["path"] for r in rows if r["split"] == "test"]
     results = load(out)
@@ -87,13 +91,13 @@ def test_single_sites_are_central_training_on_what_they_own(tree, tmp_path):
 
 def test_like_copies_split_network_seed_recipe_and_budget(tree, tmp_path):
     fed = train(tree, tmp_path / "fed", "--rounds", 2, "--local-epochs", 2, "--seed", 3,
-                "--split", "grouped", "--optimizer", "adam", "--bn", "freeze", "--no-augment",
+                "--split", "grouped", "--optimizer", "adam", "--bn", "freeze", "--augment", "none",
                 "--plateau", 0)
     train_central.main(["--like", str(fed), "--out", str(tmp_path / "central")])
     one, two = (json.loads((f / "run.json").read_text())["arguments"]
                 for f in (fed, tmp_path / "central"))
     assert {k for k in one if k in two and one[k] != two[k]} == set()
-    assert {"seed", "split", "split_seed", "model", "lr", "optimizer", "no_augment", "bn",
+    assert {"seed", "split", "split_seed", "model", "lr", "optimizer", "augment", "bn",
             "batch_size", "image_size", "data", "weights"} <= set(one) & set(two)
     assert (two["epochs"], two["period"], two["folds"], two["bn"]) == (4, 2, 1, "freeze")
     lines = history(tmp_path / "central")
@@ -109,11 +113,8 @@ def test_like_copies_split_network_seed_recipe_and_budget(tree, tmp_path):
 
 
 def test_the_schedule_steps_at_validations(tree, tmp_path, monkeypatch):
-    measure, losses = metrics.measure, iter([3.0, 4.0, 4.0, 4.0, 4.0])
-
-    def scripted(logits, labels, classes):
-        return measure(logits, labels, classes) | {"loss": next(losses, 9.0)}
-    monkeypatch.setattr(metrics, "measure", scripted)
+    losses = iter([3.0, 4.0, 4.0, 4.0, 4.0])
+    monkeypatch.setattr(evaluation.Evaluation, "tally", lambda *a: [7, 0, 7 * next(losses)])
     out = central(tree, tmp_path / "run", "--folds", 1, "--epochs", 20, "--period", 2, "--lr", 0.5,
                   "--plateau", 1, "--early-stop", 4)
     lines = history(out)
@@ -177,11 +178,11 @@ def test_the_last_fold_does_not_depend_on_those_before(folds_run, tree, tmp_path
     out, _ = folds_run
     args = run_folder.parse("x", train_central.GROUPS, train_central.defaults,
                             ["--data", str(tree), *SMALL, *FOLDS])
-    images, several, model, _ = train_central.prepare(args)
+    run, _ = train_central.prepare(args)
     (tmp_path / "fold3").mkdir()
     (tmp_path / "fold3" / "run.json").write_text((out / "fold3" / "run.json").read_text())
-    train_central.train_alone(args, tmp_path / "fold3", images, several["fold3"], model,
-                              models.moved(model.state_dict(), "cpu"))
+    train_central.train_alone(args, tmp_path / "fold3", run, run.several["fold3"],
+                              models.moved(run.model.state_dict(), "cpu"))
     assert same_run(out / "fold3", tmp_path / "fold3")
 
 
@@ -202,11 +203,12 @@ def test_inner_val_0_trains_a_fixed_time_and_scores_the_last_epoch(tree, tmp_pat
 
 def test_a_folds_test_part_is_touched_after_its_training_only(tree, tmp_path, monkeypatch):
     folds = []  # of each: its split, its steps, and its looks as (steps so far, images)
-    predict, step, alone = evaluation.predict, fedavg.train_step, train_central.train_alone
+    predict, step = evaluation.predict, fedavg.train_step
+    train_alone = train_central.train_alone
 
-    def noted(args, folder, images, split, *rest):
+    def noted(args, folder, run, split, *rest):
         folds.append({"split": split, "steps": 0, "looks": []})
-        return alone(args, folder, images, split, *rest)
+        return train_alone(args, folder, run, split, *rest)
 
     def counted(model, images, indices):
         folds[-1]["looks"].append((folds[-1]["steps"], set(indices.tolist())))
@@ -227,11 +229,12 @@ def test_a_folds_test_part_is_touched_after_its_training_only(tree, tmp_path, mo
         assert all(images in (val, test) for _, images in fold["looks"])
 
 
-# ---- kills, seeds, networks ---------------------------------------------------------------------
+# ---- kills --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("point,count", [
     ("train_step", 1),       # before the first checkpoint
-    ("half-written", 2),     # last.pt of the first epoch, half written
+    ("half-written", 1),     # the starting state, half written
+    ("half-written", 3),     # last.pt of the first epoch, half written
     ("append_history", 3),   # in the second fold
     ("replace", 22),         # somewhere at the end of a fold
     ("write_predictions", 4)])  # of the pooled folds
@@ -255,45 +258,14 @@ def test_a_kill_loses_at_most_the_current_epoch(tree, tmp_path, monkeypatch):
     trained = []
     original = fedavg.train_local
 
-    def counted(*args, epochs, **kwargs):
-        trained.extend(epochs)
-        return original(*args, epochs=epochs, **kwargs)
+    def counted(*args):
+        trained.extend(args[6])
+        return original(*args)
     monkeypatch.setattr(fedavg, "train_local", counted)
     train_central.main(["--resume", str(out)])
     assert trained == [2]
     assert same_run(out, central(tree, tmp_path / "whole", "--folds", 1, "--epochs", 3,
                                  "--period", 3))
-
-
-def test_seeds_are_ordinary_runs_and_resume_together(tree, tmp_path, capsys):
-    out = tmp_path / "several"
-    kill("train_step", 9, "train_federated", "--data", tree, *BASE, "--rounds", 1, "--out", out,
-         "--seeds", 4, 5)
-    assert (out / "seed4" / "results.json").exists()
-    assert not (out / "seed5" / "results.json").exists()
-    before = (out / "seed4" / "results.json").read_bytes()
-    capsys.readouterr()
-    train_federated.main(["--resume", str(out)])
-    assert (out / "seed4" / "results.json").read_bytes() == before
-    assert same_run(out / "seed5", train(tree, tmp_path / "five", "--rounds", 1, "--seed", 5))
-    printed = capsys.readouterr().out
-    assert "| several | 2 | 7 | " in printed and "± " in printed
-    assert (out / "comparison.md").exists() and (out / "comparison.png").exists()
-
-
-def test_networks_in_turn_and_their_table(tree, tmp_path, capsys):
-    names = ["shufflenet_v2_x0_5", "mobilenet_v3_small"]
-    out = central(tree, tmp_path / "nets", "--folds", 2, "--epochs", 1, "--models", *names,
-                  "--seeds", 0)
-    for name in names:
-        assert load(out / "seed0" / name)["model"] == name
-        assert (out / "seed0" / name / "fold2" / "model.pt").exists()
-    printed = capsys.readouterr().out
-    assert "| nets/shufflenet_v2_x0_5 | 1 | 72 |" in printed
-    assert "| nets/mobilenet_v3_small | 1 | 72 |" in printed
-    alone = central(tree, tmp_path / "alone", "--folds", 2, "--epochs", 1, "--model", names[1])
-    assert (alone / "predictions.csv").read_bytes() == \
-        (out / "seed0" / names[1] / "predictions.csv").read_bytes()
 
 
 def test_defaults_are_the_papers_and_the_demonstrations():
@@ -314,7 +286,8 @@ def test_lost_weights_stop_the_run_with_the_last_good_state(tree, tmp_path, caps
         central(tree, tmp_path / "run", "--folds", 1, "--epochs", 2, "--optimizer", "sgd", "--lr",
                 "1e38", "--clip", "0")
     assert stop.value.code == 1 and "the weights are not finite" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "last.pt").exists()
+    last = models.read_file(tmp_path / "run" / "last.pt")
+    assert last["epoch"] == 0 and all(v.isfinite().all() for v in last["state"].values())
 
 
 def test_help_names_every_group():

@@ -1,0 +1,102 @@
+"""What the flags of a trainer describe: images, split, clients, network and recipe.
+
+Both trainers build their experiment here, and so does whoever builds a recorded run anew.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import fedavg
+import models
+import run_folder
+import splits
+from checks import InputError, warn
+from processes import Job
+from recipe import make_recipe
+
+
+@dataclass(eq=False)
+class Experiment:
+    """Everything that training needs, checked before it begins."""
+    images: data.Images
+    several: dict[str, splits.Split]  # by folder: fold1, fold2, ...; one split has the name ""
+    clients: list[np.ndarray]  # training images of each client, int64 indices; federated runs only
+    model: torch.nn.Module
+    recipe: fedavg.Recipe
+    device: torch.device
+
+
+def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
+    """Build and check what the flags of either trainer describe. Raises InputError.
+
+    facts: receives what must be equal in all processes of the job.
+    """
+    if args.data is None:
+        warn(f"SYNTHETIC DATA: no --data given. Drawn smears, {args.model} at {args.image_size} "
+             f"pixels, weights {args.weights}, batch {args.batch_size}, rate {args.lr:g}, "
+             f"plateau patience {args.plateau}: a demonstration, not medical data")
+    name = args.device
+    if job.world > 1 and torch.cuda.is_available() and name in ("auto", "cuda"):
+        name = f"cuda:{job.local_rank % torch.cuda.device_count()}"  # a machine's GPUs in turn
+    device = models.pick_device(name)
+    recipe = make_recipe(args, device)
+    images = data.load(args)
+    folds = getattr(args, "folds", 1)
+    several = ({"": data.make_split(args, images)} if folds == 1 else
+               {f"fold{k}": fold for k, fold in enumerate(data.make_folds(args, images), 1)})
+    clients = []
+    if job.folder is not None:  # a hospital with images of its own knows no others
+        own, nothing = several[""]["train"], several[""]["train"][:0]
+        clients = [own if k == job.rank else nothing for k in range(job.world)]
+    elif "clients" in args:
+        clients = data.make_clients(args, images, several[""])
+    model = models.build(args.model, len(images.classes), args.weights, args.seed, images.classes)
+    models.check_size(model, args.image_size)
+    models.freeze(model, args.train_from, batchnorm=args.bn == "freeze")
+    if 1 in map(len, clients) and models.needs_batch(model):
+        raise InputError("a client owns one image only, too few for BatchNorm: fewer clients, or "
+                         "another --partition")
+    if job.folder is not None and (job.folder / "run.json").exists():
+        run_folder.check_images(job.folder, images)
+    facts |= {"the class list": images.classes, "the precision of --amp": recipe.amp_dtype}
+    if job.folder is None:
+        facts["the data"] = images.fingerprint()
+    return Experiment(images, several, clients, model.to(device), recipe, device)
+
+
+def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experiment) -> dict:
+    """Where a federated run stands, at every process: its checkpoint, or its beginning. Writes the
+    split of a new run; moves the pixels to the training device, where batches are gathered."""
+    (split,) = run.several.values()
+    state = models.moved(run.model.state_dict(), "cpu")
+    checkpoint = {"round": 0, "state": state, "local_bn": {}, "history": []}
+    if job.folder is not None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        for place, whole in ((job.folder.parent, None), (job.folder, job.folder.parent.name)):
+            if not (place / "run.json").exists():
+                run_folder.write_run(place, args, "federated", run.images, run.device, whole)
+        run_folder.write_split(job.folder, run.images, split, run.clients)
+    if folder is not None:
+        checkpoint = run_folder.start_or_resume(folder, run.images, split, run.clients, checkpoint)
+    run.images.pixels = run.images.pixels.to(run.device)
+    checkpoint = job.resume(checkpoint, state)
+    moved = {k: models.moved(s, run.device) for k, s in checkpoint["local_bn"].items()}
+    return checkpoint | {"state": models.moved(checkpoint["state"], run.device), "local_bn": moved}
+
+
+def weighted(recipe: fedavg.Recipe, args: argparse.Namespace, counts: list[int],
+             device: torch.device) -> fedavg.Recipe:
+    """The recipe with the class weights of eq. 3 for a training part with these class sizes."""
+    if args.class_weights == "none":
+        return recipe
+    return replace(recipe, class_weights=fedavg.class_weights(np.array(counts), device))
+
+
+def class_counts(images: data.Images, indices: np.ndarray) -> list[int]:
+    """How many of these images each class has."""
+    return np.bincount(images.labels.numpy()[indices], minlength=len(images.classes)).tolist()
