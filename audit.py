@@ -17,17 +17,11 @@ from scipy.special import softmax
 from tqdm import tqdm
 
 import data
-import duplicates
-import figures
-import inference
-import interventions
-import metrics
 import models
-import probes
-import report
-import run_folder
-import splits
+from auditing import duplicates, probes
 from checks import InputError, guard, integer, make_parser
+from dataset import interventions, splits
+from reporting import figures, inference, metrics, report, run_folder
 
 FOLDS = 5
 CAUTION = ("Both intervals assume more independence than 37 images a patient allow: images of one "

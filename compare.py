@@ -17,10 +17,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-import metrics
-import report
-import run_folder
 from checks import InputError, guard, make_parser
+from reporting import metrics, report, run_folder
 
 # Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000
 # that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).

@@ -25,12 +25,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import interventions
-import splits
-import synthetic
-from augment import Augmentation, augment, draw_parameters
 from checks import InputError, guard, integer, make_parser, number, warn
-from files import CLASSES, decode, find_class_folders, find_files
+from dataset import interventions, splits, synthetic
+from dataset.augment import Augmentation, augment, draw_parameters
+from dataset.files import CLASSES, decode, find_class_folders, find_files
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # section 3.2.2
 SAMPLERS = ("shuffle", "balanced", "dual")

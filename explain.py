@@ -20,18 +20,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import attribution
 import data
-import faithfulness
-import figures
-import inference
-import interventions
-import metrics
 import models
-import report
-import run_folder
 from checks import InputError, guard, integer, make_parser, number, warn
-from files import decode
+from dataset import interventions
+from dataset.files import decode
+from explaining import attribution, faithfulness
+from reporting import figures, inference, metrics, report, run_folder
 
 METHODS = ("gradient", "integrated-gradients", "grad-cam", "lime")
 STAGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the layers randomised; 0 = the head alone

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import data
 import models
-from augment import Augmentation
 from checks import InputError, warn
+from dataset.augment import Augmentation
 from models import State
 
 Key = tuple[int, int, int]  # (seed, round, client): what a client's random draws depend on

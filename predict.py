@@ -17,14 +17,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import inference
-import interventions
-import metrics
 import models
-import report
-import run_folder
 from checks import InputError, guard, integer, make_parser, warn
-from files import CLASS_NAMES, decode, find_files
+from dataset import interventions
+from dataset.files import CLASS_NAMES, decode, find_files
+from reporting import inference, metrics, report, run_folder
 
 MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
 

@@ -14,17 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-import evaluation
-import experiment
 import fedavg
 import models
-import report
-import run_folder
-import splits
 from checks import InputError, guard, integer, number
-from processes import Job
-from recipe import DEMONSTRATION
-from recipe import add_arguments as add_recipe_arguments
+from dataset import splits
+from reporting import report, run_folder
+from training import evaluation, experiment
+from training.processes import Job
+from training.recipe import DEMONSTRATION
+from training.recipe import add_arguments as add_recipe_arguments
 
 Part = tuple[str, splits.Split, int]  # folder in the run folder, split, client that it stands for
 

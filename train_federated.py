@@ -18,17 +18,14 @@ import torch
 from tqdm import tqdm
 
 import data
-import evaluation
-import experiment
 import fedavg
 import models
-import processes
-import report
-import run_folder
-import splits
 from checks import integer, number
-from recipe import DEMONSTRATION
-from recipe import add_arguments as add_recipe_arguments
+from dataset import splits
+from reporting import report, run_folder
+from training import evaluation, experiment, processes
+from training.recipe import DEMONSTRATION
+from training.recipe import add_arguments as add_recipe_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

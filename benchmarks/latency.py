@@ -24,12 +24,12 @@ import torch
 import torchvision
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import attribution
 import data
-import inference
 import models
-import synthetic
 from checks import guard, integer, make_parser
+from dataset import synthetic
+from explaining import attribution
+from reporting import inference
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

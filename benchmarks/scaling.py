@@ -29,8 +29,8 @@ from checks import guard, integer, make_parser
 
 def work(place: Path, argv: list[str]) -> None:
     """One process of a measured run; leaves its bytes and memory in `place`."""
-    import processes
     import train_federated
+    from training import processes
     sys.argv = ["train_federated.py", *argv]
 
     def main(argv: list[str], job: processes.Job) -> None:

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import fedavg
 import models
-import synthetic
-from augment import Augmentation
 from checks import guard, integer, make_parser
+from dataset import synthetic
+from dataset.augment import Augmentation
 
 CLIENTS, ROUND_STEPS = 4, 20  # of the round that averaging is a share of
 

@@ -22,7 +22,7 @@ import fedavg
 import models
 import train_central  # noqa: F401  (for the processes forked from here)
 import train_federated
-from processes import Job
+from training.processes import Job
 
 CPU = torch.device("cpu")
 ROOT = Path(data.__file__).parent
@@ -184,7 +184,9 @@ def same_run(a, b):
 KILLER = """
 import os, signal, sys
 import torch
-import evaluation, fedavg, models, run_folder, train_central, train_federated
+import fedavg, models, train_central, train_federated
+from reporting import run_folder
+from training import evaluation
 point, count, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 calls = 0
 def maybe(name):

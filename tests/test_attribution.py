@@ -11,9 +11,9 @@ from lime.lime_image import LimeImageExplainer
 from lime.wrappers.scikit_image import SegmentationAlgorithm
 from torch import nn
 
-import attribution
 import models
 from checks import InputError
+from explaining import attribution
 
 
 class Linear(nn.Module):

@@ -13,13 +13,12 @@ from PIL import Image
 
 import audit
 import data
-import duplicates
-import interventions
-import metrics
 import models
 import predict
-import probes
+from auditing import duplicates, probes
 from checks import InputError
+from dataset import interventions
+from reporting import metrics
 
 
 @pytest.fixture(scope="module")

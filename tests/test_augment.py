@@ -5,7 +5,7 @@ import torch
 import torchvision.transforms.functional as TF
 from torchvision.transforms import InterpolationMode
 
-from augment import (
+from dataset.augment import (
     Augmentation,
     adjust_brightness,
     adjust_contrast,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from metrics import wilson
+from reporting.metrics import wilson
 
 ROOT = Path(__file__).parent.parent
 CLAIMS = (ROOT / "CLAIMS.md").read_text("utf-8")

@@ -8,8 +8,8 @@ import pytest
 from helpers import BASE, script
 
 import compare
-import metrics
 from checks import InputError
+from reporting import metrics
 
 CLASSES = ["Benign", "Early"]
 LABELS = [0] * 10 + [1] * 30

@@ -12,10 +12,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import data
-import synthetic
-from augment import Augmentation
 from checks import InputError
-from files import CLASSES, decode
+from dataset import synthetic
+from dataset.augment import Augmentation
+from dataset.files import CLASSES, decode
 
 ROOT = Path(data.__file__).parent
 

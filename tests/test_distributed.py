@@ -17,12 +17,15 @@ from helpers import BASE, ROOT, Process, equal, same_run, script, write_tree
 
 import models
 import train_federated
-from processes import Job
+from reporting import run_folder
+from training.processes import Job
 
 ONE = {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SCRIPT = ROOT / "train_federated.py"
-CODE = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("*.py"))]
+CODE = [p.relative_to(ROOT).as_posix() for room in ("", *run_folder.ROOMS)
+        for p in sorted((ROOT / room).glob("*.py"))]
+CHANGED = {Path(name).parent: name for name in CODE}.values()  # one file at the top and a room
 SITE = [x for x in BASE if x not in ("--rounds", "3")] + ["--rounds", "2"]
 
 
@@ -239,13 +242,14 @@ def test_other_data_or_code_is_named(tree, tmp_path):
     results = ranks(2, [["--data", d, *BASE, "--out", out] for d in (tree, other)])
     assert "the data of rank 1 differs" in results[0].stderr
     assert results[1].stderr == ""
-    for number, file in enumerate(CODE):
+    assert len(CHANGED) == 6
+    for number, file in enumerate(CHANGED):
         changed = tmp_path / f"code{number}"
         for source in CODE:
             (changed / source).parent.mkdir(parents=True, exist_ok=True)
             (changed / source).write_text((ROOT / source).read_text() + "# changed\n" * (
                 source == file))
-        program = ("import os, pathlib, runpy, run_folder\n"
+        program = ("import os, pathlib, runpy\nfrom reporting import run_folder\n"
                    "if os.environ['RANK'] == '1':\n"
                    f"    run_folder.ROOT = pathlib.Path({str(changed)!r})\n"
                    f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
@@ -321,7 +325,8 @@ for name in dir(dist):
             return original(*a, **k)
         setattr(dist, name, wrapped)
 RANK = int(os.environ['RANK'])
-import processes, train_federated
+import train_federated
+from training import processes
 import matplotlib.backends.backend_agg, torch._dynamo, torch.utils._pytree
 from PIL import Image
 Image.init()

@@ -11,9 +11,8 @@ from helpers import script, train
 
 import checks
 import explain
-import inference
 import models
-import run_folder
+from reporting import inference, run_folder
 
 QUICK = ["--per-class", "1", "--samples", "20", "--steps", "3", "--lime-seeds", "2"]
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from helpers import BNNet
 
-import faithfulness as ff
-import interventions
 import models
+from dataset import interventions
+from explaining import faithfulness as ff
 
 SIZE = 28  # cells of 2 pixels
 

@@ -12,13 +12,13 @@ from helpers import CPU, PLAIN, BNNet, average, clone, equal, plain_net, run_rou
 from torch import nn
 
 import data
-import evaluation
 import fedavg
 import models
-from augment import Augmentation
 from checks import InputError
+from dataset.augment import Augmentation
 from fedavg import Recipe
-from recipe import TOO_SMALL_FOR_BF16, make_recipe
+from training import evaluation
+from training.recipe import TOO_SMALL_FOR_BF16, make_recipe
 
 # ---- the oracle: E = 1, full batch, plain SGD, no BatchNorm ------------------------------------
 

@@ -11,9 +11,9 @@ import torch
 from helpers import CPU, BNNet, clone, equal, plain_net, run_round, toy_images
 
 import data
-import evaluation
 import fedavg
-import splits
+from dataset import splits
+from training import evaluation
 
 ROOT = Path(__file__).parent.parent
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")]

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as sk
 
-import metrics
+from reporting import metrics
 
 NAMES = ["Benign", "Early", "Pre", "Pro"]
 PAPER = np.array([[58, 0, 1, 0], [1, 97, 0, 0], [0, 0, 84, 0], [0, 0, 0, 84]])  # section V

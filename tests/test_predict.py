@@ -14,12 +14,10 @@ from torch import nn
 
 import checks
 import data
-import inference
-import metrics
 import models
 import predict
-import run_folder
 import train_central
+from reporting import inference, metrics, run_folder
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,9 @@ import compare
 import explain
 import models
 import predict
-import run_folder
 import train_federated
 from checks import InputError
+from reporting import run_folder
 
 # What a run.json held before flags were renamed, beside what did not change.
 OLD = {"mask_corner": True, "grey_world": False, "no_augment": False, "translation": 0.1,

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
-import splits
 from checks import InputError
+from dataset import splits
 
 PAPER = np.repeat(np.arange(4), (504, 985, 963, 804))  # ImageFolder order of the 3,256 images
 PATHS = [f"c{y}/WBC-{i:03d}.jpg" for y, n in enumerate((504, 985, 963, 804))
@@ -192,7 +193,7 @@ def test_nothing_depends_on_hash_order():
     code = ("import sys; sys.path[:0] = ['tests', '.']\n"
             "import test_splits; print(test_splits.partitions())")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
-                          cwd=os.path.dirname(splits.__file__),
+                          cwd=ROOT,
                           env={**os.environ, "PYTHONHASHSEED": seed})
     assert done.stdout.strip() == partitions() and len(done.stdout) > 1000
 

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from helpers import ROOT, SMALL, equal, history, kill, same_run, script, train
 
-import evaluation
 import fedavg
-import metrics
 import models
-import run_folder
 import train_central
 from checks import InputError
+from reporting import metrics, run_folder
+from training import evaluation
 
 FOLDS = ["--folds", "3", "--epochs", "2", "--optimizer", "sgd", "--plateau", "1"]
 

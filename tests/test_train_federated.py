@@ -10,12 +10,11 @@ import torch
 from helpers import BASE, BNNet, Process, clone, history, kill, same_run, script, toy_images, train
 
 import data
-import evaluation
 import fedavg
-import metrics
 import models
-import run_folder
 import train_federated
+from reporting import metrics, run_folder
+from training import evaluation
 
 # momentum, partial participation, non-IID: whatever a resume could get wrong
 HARD = ["--optimizer", "sgd", "--fraction", "0.5", "--partition", "dirichlet", "--plateau", "1"]

@@ -10,12 +10,12 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 
-import interventions
-import metrics
-from baselines import colour_statistics, make_classifier
 from data import Images
-from files import class_root
-from interventions import CORNER
+from dataset import interventions
+from dataset.files import class_root
+from dataset.interventions import CORNER
+from reporting import metrics
+from reporting.baselines import colour_statistics, make_classifier
 
 FRAME = 0.04  # width of the border frame, share of the side
 

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
-import interventions
 from checks import InputError, make_parser, warn
 from data import Images
+from dataset import interventions
+from dataset.splits import Split
 from models import pick_precision, read_file, save, write_whole
-from splits import Split
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
+ROOMS = ("auditing", "dataset", "explaining", "reporting", "training")
 UNRECORDED = ("resume", "out", "timeout", "argv")  # arguments that say where, not what
 
 
@@ -182,8 +183,9 @@ def machine(device: torch.device) -> dict:
 
 
 def code() -> list[bytes]:
-    """Every source file of this project that a run can depend on."""
-    return [p.read_bytes() for p in sorted(ROOT.glob("*.py"))]
+    """Every source file that a run can depend on. Folders by name: a virtual environment may stand
+    beside them."""
+    return [p.read_bytes() for room in ("", *ROOMS) for p in sorted((ROOT / room).glob("*.py"))]
 
 
 def git_commit() -> str | None:

@@ -30,11 +30,11 @@ from torch import Tensor
 
 import checks
 import models
-import run_folder
 from checks import InputError
+from dataset.files import CLASSES
 from fedavg import Update
-from files import CLASSES
 from models import State
+from reporting import run_folder
 
 ALLOWED = {"agreement", "counts", "header", "update", "state", "records", "tally", "confusion"}
 SHARED = ("images", "steps", "loss")  # what a site tells of its training; the rest stays there

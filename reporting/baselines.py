@@ -12,8 +12,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from data import Images
-from metrics import wilson
-from splits import Split
+from dataset.splits import Split
+from reporting.metrics import wilson
 
 STRIP = 0.12  # share of the height cut off below: the burnt-in scale bar stands there
 

@@ -12,14 +12,10 @@ import torch
 from scipy.special import log_softmax
 
 import data
-import figures
-import interventions
-import metrics
 import models
-import report
-import run_folder
-import splits
-from baselines import colour_only
+from dataset import interventions, splits
+from reporting import figures, metrics, report, run_folder
+from reporting.baselines import colour_only
 
 
 @torch.no_grad()

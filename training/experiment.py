@@ -13,11 +13,11 @@ import torch
 import data
 import fedavg
 import models
-import run_folder
-import splits
 from checks import InputError, warn
-from processes import Job
-from recipe import make_recipe
+from dataset import splits
+from reporting import run_folder
+from training.processes import Job
+from training.recipe import make_recipe
 
 
 @dataclass(eq=False)

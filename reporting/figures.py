@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from scipy.special import softmax
 from sklearn.metrics import roc_curve
 
-from interventions import INTERVENTIONS, apply
+from dataset.interventions import INTERVENTIONS, apply
 
 ROWS = 8  # of one page
 

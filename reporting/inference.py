@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
 import data
-import interventions
 import models
-import synthetic
 from checks import InputError, warn
+from dataset import interventions, synthetic
 
 BATCH = 64  # memory only
 LIMIT = 0.02  # of what half precision may do to a probability

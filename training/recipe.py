@@ -7,8 +7,8 @@ import torch
 
 import data
 import models
-from augment import Augmentation
 from checks import InputError, integer, number
+from dataset.augment import Augmentation
 from fedavg import Recipe
 
 # What the demonstration on drawn smears sets where --data is not given; a flag still overrides it.

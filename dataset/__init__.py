@@ -1,0 +1,1 @@
+"""From files on disk to pixels, parts and clients; knows no network."""

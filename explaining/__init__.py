@@ -1,0 +1,1 @@
+"""Maps of what an answer depends on, and whether to believe them."""

@@ -1,0 +1,1 @@
+"""What a run leaves behind: the run folder, its figures, and the trained network as a function."""
