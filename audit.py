@@ -21,7 +21,7 @@ import models
 from auditing import duplicates, probes
 from checks import InputError, guard, integer, make_parser
 from dataset import interventions, splits
-from reporting import figures, inference, metrics, report, run_folder
+from reporting import figures, inference, metrics, paired, report, run_folder
 
 FOLDS = 5
 CAUTION = ("Both intervals assume more independence than 37 images a patient allow: images of one "
@@ -111,7 +111,7 @@ def audit_data(argv: list[str]) -> None:
     folder = run_folder.new_folder(args.out, f"runs/audit-{images.name}")
     labels = images.labels.numpy()
     groups, counts, near = find_groups(images)
-    features = probes.features(images, Path(args.data))
+    features = probes.features(images)
     several = probe_splits(images, groups)
     rows = {probe: {name: probes.score(x, labels, parts) for name, parts in several.items()}
             for probe, x in tqdm(features.items(), "probes", disable=None, leave=False)}
@@ -178,15 +178,15 @@ def read_split(folder: Path, images: data.Images) -> splits.Split:
     return {name: np.array(sorted(part), dtype=np.int64) for name, part in parts.items()}
 
 
-def against_probes(correct: np.ndarray, images: data.Images, root: Path | None,
+def against_probes(correct: np.ndarray, images: data.Images,
                    split: splits.Split) -> dict:
     """Paired tests of the network (bool, test part) against each probe on the same pixels."""
     labels, out = images.labels.numpy(), {}
-    for name, x in probes.features(images, root).items():
+    for name, x in probes.features(images).items():
         hit = probes.fit_predict(x, labels, split["train"], split["test"]) == labels[split["test"]]
         out[name] = {"accuracy": metrics.wilson(int(hit.sum()), len(hit)),
-                     "difference": metrics.paired_difference(correct, hit),
-                     "mcnemar": metrics.mcnemar(correct, hit)}
+                     "difference": paired.paired_difference(correct, hit),
+                     "mcnemar": paired.mcnemar(correct, hit)}
     return out
 
 
@@ -200,7 +200,7 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
         p = inference.logits(trained, interventions.apply(pixels, [name])).argmax(1).numpy()
         hit = p == labels
         out[name] = {"accuracy": metrics.wilson(int(hit.sum()), len(hit)),
-                     "difference": metrics.paired_difference(hit, correct)}
+                     "difference": paired.paired_difference(hit, correct)}
     return out
 
 
@@ -220,7 +220,7 @@ def audit_run(argv: list[str]) -> None:
     groups = (np.unique(data.read_groups(args.groups, images.paths), return_inverse=True)[1]
               if args.groups else find_groups(images)[0])
     out = run_folder.new_folder(args.out or str(folder / "audit"), "")
-    split, root = read_split(folder, images), run["arguments"]["data"]
+    split = read_split(folder, images)
     place = {path: i for i, path in enumerate(test.paths)}
     rows = [place[images.paths[i]] for i in split["test"]]
     logits, labels = test.logits[rows], test.labels[rows]
@@ -230,11 +230,11 @@ def audit_run(argv: list[str]) -> None:
         "run": folder.name, "data": images.name, "synthetic": run["synthetic"],
         "interventions": list(trained.interventions), "n": len(labels),
         "accuracy": metrics.wilson(int(correct.sum()), len(labels)),
-        "cluster_bootstrap": metrics.cluster_bootstrap(correct, groups[split["test"]]),
+        "cluster_bootstrap": paired.cluster_bootstrap(correct, groups[split["test"]]),
         "groups_in_test": len(np.unique(groups[split["test"]])),
         "without_partner": metrics.wilson(int(correct[alone].sum()), int(alone.sum())),
         "with_partner": metrics.wilson(int(correct[~alone].sum()), int((~alone).sum())),
-        "probes": against_probes(correct, images, root and Path(root), split),
+        "probes": against_probes(correct, images, split),
         "under_interventions": under_interventions(trained, images.pixels[split["test"]], labels,
                                                    correct),
         "ece": metrics.calibration_error(softmax(logits, axis=1), labels)}

@@ -22,32 +22,26 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def integer(low: int) -> Callable[[str], int]:
-    """Flag type: a whole number of at least `low`."""
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is below {low}")
-        return value
-    return parse
-
-
-def number(low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
+def number(low: float, high: float = math.inf, open_low: bool = False,
+           kind: type = float) -> Callable[[str], float]:
     """Flag type: a finite number in [low, high], or in (low, high] with `open_low`."""
     interval = f"{'(' if open_low else '['}{low:g}, {'∞)' if high == math.inf else f'{high:g}]'}"
 
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
         if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
             raise argparse.ArgumentTypeError(f"{text} is outside {interval}")
         return value
     return parse
+
+
+def integer(low: int) -> Callable[[str], int]:
+    """Flag type: a whole number of at least `low`."""
+    return number(low, kind=int)
 
 
 quiet = False  # of a process of a torchrun job whose rank 0 says the same

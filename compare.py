@@ -15,10 +15,9 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from checks import InputError, guard, make_parser
-from reporting import metrics, report, run_folder
+from reporting import figures, metrics, paired, report, run_folder
 
 # Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000
 # that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).
@@ -155,8 +154,8 @@ def paired_tests(groups: dict[str, list[Run]]) -> list[dict]:
         else:
             correct = [np.mean([r.correct() for r in side], 0) for side in (left, right)]
             pair["n"] = len(one[1])
-            pair["difference"] = metrics.paired_difference(*correct)
-            pair["mcnemar"] = [{"seed": x.seed, **metrics.mcnemar(x.correct(), y.correct())}
+            pair["difference"] = paired.paired_difference(*correct)
+            pair["mcnemar"] = [{"seed": x.seed, **paired.mcnemar(x.correct(), y.correct())}
                                for x in left for y in right if x.seed == y.seed]
         out.append(pair)
     return out
@@ -197,36 +196,23 @@ def page(rows: dict[str, dict], tests: list[dict]) -> str:
 
 
 def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> None:
-    """The table as a figure: figures on the left, accuracies with their intervals on the right."""
-    bare = re.compile(r" \([\d.]+–[\d.]+\)| ± [\d.]+")  # spreads of all but accuracy: too wide
-    cells = [HEADER] + [[bare.sub("", str(x)) if i > 3 else str(x) for i, x in enumerate(row)]
-                        for row in table_rows(rows)]
-    widths = [max(len(row[i]) for row in cells) + 2 for i in range(len(HEADER))]
-    places = np.cumsum([0, *widths[:-1]]) / sum(widths)
-    figure = Figure(figsize=(0.085 * sum(widths) + 4, 0.3 * len(cells) + 0.8))
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[0.085 * sum(widths), 4])
-    for y, row in enumerate(cells, -1):
-        for x, text in zip(places, row, strict=True):
-            left.text(x, y, text, fontsize=8, va="center", weight="bold" if y < 0 else None)
-    left.axis("off")
-    for y, (label, row) in enumerate(rows.items()):
-        accuracy = row["accuracy"]
-        if "mean" in accuracy:
-            values = [r.results["best"]["test"]["accuracy"]["value"]
-                      for r in groups.get(label, [])]
-            right.plot(values, [y] * len(values), "o", ms=3, mfc="none", color="tab:blue")
-            right.plot(accuracy["mean"], y, "d", color="tab:blue")
-        else:
-            color = "tab:blue" if label in groups else "grey"
-            right.plot([accuracy["low"], accuracy["high"]], [y, y], color=color)
-            right.plot(accuracy["value"], y, "d", color=color)
-    right.set(xlabel="accuracy: 95 % interval; of several runs each and their mean",
-              ylim=(len(rows) - 0.5, -1.5))
-    right.grid(axis="x", alpha=0.3)
-    right.tick_params(left=False, labelsize=7)
-    right.xaxis.label.set_size(7)
-    figure.subplots_adjust(wspace=0.02)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    """Accuracies with their intervals, a line for each row of the table."""
+    with figures.drawing(path, 7, 0.3 * len(rows) + 0.8) as axis:
+        for y, (label, row) in enumerate(rows.items()):
+            accuracy, color = row["accuracy"], "tab:blue" if label in groups else "grey"
+            if "mean" in accuracy:
+                values = [r.results["best"]["test"]["accuracy"]["value"]
+                          for r in groups.get(label, [])]
+                axis.plot(values, [y] * len(values), "o", ms=3, mfc="none", color=color)
+                axis.plot(accuracy["mean"], y, "d", color=color)
+            else:
+                axis.plot([accuracy["low"], accuracy["high"]], [y, y], color=color)
+                axis.plot(accuracy["value"], y, "d", color=color)
+        axis.set_yticks(range(len(rows)), [f"{label} ({_cell(row['accuracy'])})"
+                                           for label, row in rows.items()], fontsize=7)
+        axis.set_xlabel("accuracy: 95 % interval; of several runs each and their mean", fontsize=7)
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.3)
 
 
 def write(folder: Path, parts: list[Path], paper: bool = False) -> None:

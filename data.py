@@ -11,11 +11,8 @@ their class names mapped to Benign, Early, Pre, Pro.
 
 import argparse
 import hashlib
-import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +25,7 @@ from tqdm import tqdm
 from checks import InputError, guard, integer, make_parser, number, warn
 from dataset import interventions, splits, synthetic
 from dataset.augment import Augmentation, augment, draw_parameters
-from dataset.files import CLASSES, decode, find_class_folders, find_files
+from dataset.files import CLASSES, decode_all, find_class_folders, find_files
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # section 3.2.2
 SAMPLERS = ("shuffle", "balanced", "dual")
@@ -44,6 +41,7 @@ class Images:
     classes: list[str]
     digests: list[str]  # sha256 of each image's decoded RGB pixels and size, before resizing
     name: str
+    root: Path | None = None  # the folder that the paths are relative to
     ignored: int = 0  # hidden and non-image files passed over
     bad: list[tuple[str, str]] = field(default_factory=list)  # (path, reason), with --skip-bad
     found: Counter = field(default_factory=Counter)  # (width, height, mode) as found on disk
@@ -97,36 +95,23 @@ def read_folder(root: str, size: int, skip_bad: bool = False,
             raise InputError(f"--data: class folder {folder} has no image in it")
         files, labels, ignored = files + found, labels + [label] * len(found), ignored + passed
     paths = [path.relative_to(base).as_posix() for path in files]
-    pixels = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
-    digests, shapes, bad = [""] * len(files), Counter(), []
-
-    def work(i: int) -> tuple | Exception:
-        try:
-            array, digests[i], shape = decode(files[i], size)
-            pixels[i] = torch.from_numpy(array.copy())
-            return shape
-        except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
-            return error
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        bar = tqdm(pool.map(work, range(len(files))), "decoding", len(files), disable=None,
-                   unit="image", leave=False)
-        for i, result in enumerate(bar):
-            if isinstance(result, Exception):
-                bad.append((paths[i], " ".join(str(result).replace(str(files[i]), "it").split())))
-            else:
-                shapes[result] += 1
+    pixels = np.empty((len(files), size, size, 3), np.uint8)
+    digests, shapes, bad, keep = [""] * len(files), Counter(), [], []
+    for i, result in enumerate(tqdm(decode_all(files, size), "decoding", len(files), disable=None,
+                                    unit="image", leave=False)):
+        if isinstance(result, str):
+            bad.append((paths[i], result))
+        else:
+            pixels[i], digests[i], shape = result
+            shapes[shape] += 1
+            keep.append(i)
     if bad and not skip_bad:
         listed = "; ".join(f"{name} ({reason})" for name, reason in bad)
         raise InputError(f"{len(bad)} unreadable image(s), --skip-bad goes on without: {listed}")
-    unreadable = {name for name, _ in bad}
-    keep = [i for i, path in enumerate(paths) if path not in unreadable]
-    if bad:
-        pixels = pixels[keep]
+    pixels = torch.from_numpy(pixels[keep] if bad else pixels)
     images = Images(pixels.permute(0, 3, 1, 2), torch.tensor([labels[i] for i in keep]),
                     [paths[i] for i in keep], names, [digests[i] for i in keep],
-                    Path(root).resolve().name, ignored, bad, shapes)
+                    Path(root).resolve().name, base, ignored, bad, shapes)
     for name in folders:
         if names.index(name) not in images.labels:
             raise InputError(f"class {name} has no readable image")

@@ -11,7 +11,6 @@ the weights, by its share of the scale-bar corner and of the background. All in 
 import argparse
 import copy
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +23,9 @@ import data
 import models
 from checks import InputError, guard, integer, make_parser, number, warn
 from dataset import interventions
-from dataset.files import decode
+from dataset.files import decode_all
 from explaining import attribution, faithfulness
-from reporting import figures, inference, metrics, report, run_folder
+from reporting import figures, inference, report, run_folder
 
 METHODS = ("gradient", "integrated-gradients", "grad-cam", "lime")
 STAGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the layers randomised; 0 = the head alone
@@ -101,11 +100,10 @@ def of_the_run(folder: Path, trained: inference.Trained, per_class: int) -> list
 def given(files: list[str], trained: inference.Trained) -> list[Subject]:
     subjects = []
     for name in files:
-        try:
-            array, _, _ = decode(Path(name), trained.image_size)
-        except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
-            raise InputError(f"--images {name}: {error}") from None
-        pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)
+        (decoded,) = decode_all([Path(name)], trained.image_size)
+        if isinstance(decoded, str):
+            raise InputError(f"--images {name}: {decoded}")
+        pixels = torch.from_numpy(decoded[0].copy()).permute(2, 0, 1)
         pixels = interventions.apply(pixels[None], trained.interventions)[0]
         p = inference.probabilities(trained, pixels[None])[0].numpy()
         subjects.append(Subject(name, pixels, None, p, "given"))
@@ -115,7 +113,7 @@ def given(files: list[str], trained: inference.Trained) -> list[Subject]:
 # ---- maps and checks ----------------------------------------------------------------------------
 
 def gradient_maps(model: torch.nn.Module, subject: Subject, target: int,
-                  args: argparse.Namespace, advance: Callable[[int], object]) -> dict:
+                  args: argparse.Namespace) -> dict:
     """The three methods that follow gradients, by name."""
     device = next(model.parameters()).device
     x = data.normalise(subject.pixels[None].to(device).float().div_(255))
@@ -123,19 +121,18 @@ def gradient_maps(model: torch.nn.Module, subject: Subject, target: int,
             "integrated-gradients": attribution.integrated_gradients(model, x, target, args.steps),
             "grad-cam": attribution.grad_cam(model, x, target,
                                              attribution.find_layer(model, args.layer))}
-    advance(args.steps + 2)
     return maps
 
 
 def explain(trained: inference.Trained, subject: Subject, args: argparse.Namespace,
-            classify: attribution.Classify, advance: Callable[[int], object]) -> dict:
+            classify: attribution.Classify) -> dict:
     """maps: (method, class) → [H, W]; superpixels; LIME weights per seed and class."""
     lime = [attribution.lime(classify, subject.pixels, subject.targets(), args.samples, seed)
             for seed in range(args.lime_seeds)]
     segments = lime[0][0]
     maps = {}
     for target in subject.targets():
-        for name, values in gradient_maps(trained.model, subject, target, args, advance).items():
+        for name, values in gradient_maps(trained.model, subject, target, args).items():
             maps[name, target] = values
         maps["lime", target] = lime[0][1][target][segments].astype(np.float32)
     return {"maps": maps, "segments": segments, "lime": [weights for _, weights in lime]}
@@ -175,9 +172,9 @@ def randomise(trained: inference.Trained, subjects: list[Subject], founds: list[
         rows = {method: [] for method in METHODS}
         for subject, found in zip(subjects, founds, strict=True):
             target = subject.targets()[0]
-            maps = gradient_maps(model, subject, target, args, bar.update)
+            maps = gradient_maps(model, subject, target, args)
             if share == 1:
-                segments, weights = attribution.lime(classifier(other, bar), subject.pixels,
+                segments, weights = attribution.lime(classifier(other), subject.pixels,
                                                      [target], args.samples, 0)
                 maps["lime"] = weights[target][segments]
             for method, values in maps.items():
@@ -185,26 +182,13 @@ def randomise(trained: inference.Trained, subjects: list[Subject], founds: list[
                     values, found["maps"][method, target]))
         for method in METHODS:
             out[method].append(rows[method])
+        bar.update()
     return out
 
 
-def classifier(trained: inference.Trained, bar: tqdm) -> attribution.Classify:
-    """Probabilities as a function of pixels, the bar advancing with every image."""
-    def classify(pixels: Tensor) -> np.ndarray:
-        bar.update(len(pixels))
-        return inference.probabilities(trained, pixels).numpy()
-    return classify
-
-
-def passes(subjects: list[Subject], args: argparse.Namespace) -> int:
-    """Images that will go through the network, for the bar."""
-    looks = len(range(0, faithfulness.GRID**2 + 1, faithfulness.PER_STEP))
-    total = 0
-    for s in subjects:
-        total += len(s.targets()) * (args.steps + 2) + args.lime_seeds * args.samples
-        if s.chosen != "misclassified":
-            total += looks * (len(METHODS) + 4) + len(STAGES) * (args.steps + 2) + args.samples
-    return total
+def classifier(trained: inference.Trained) -> attribution.Classify:
+    """Probabilities as a function of pixels."""
+    return lambda pixels: inference.probabilities(trained, pixels).numpy()
 
 
 # ---- verdicts -----------------------------------------------------------------------------------
@@ -220,14 +204,14 @@ def verdicts(checks: list[dict], correlations: dict, subjects: list[Subject],
            "stages": list(STAGES), "methods": {}}
     for method in METHODS:
         rows = [c[method] for c in checks]
-        gain = metrics.mean_interval([r["random_area"] - r["deletion_area"] for r in rows])
-        rho = [metrics.mean_interval(values) for values in correlations[method]]
+        gain = faithfulness.mean_interval([r["random_area"] - r["deletion_area"] for r in rows])
+        rho = [faithfulness.mean_interval(values) for values in correlations[method]]
         m = {"deletion_gain": gain, "faithful": gain["low"] is not None and gain["low"] > 0,
              "rank_correlation": rho,
              "sensitive": rho[-1]["high"] is not None and rho[-1]["high"] < 0.5,
-             **{key: metrics.mean_interval([r[key] for r in rows]) for key in areas}}
+             **{key: faithfulness.mean_interval([r[key] for r in rows]) for key in areas}}
         if method == "lime":
-            m["jaccard"] = metrics.mean_interval([r["jaccard"] for r in rows])
+            m["jaccard"] = faithfulness.mean_interval([r["jaccard"] for r in rows])
         out["methods"][method] = m
     return out
 
@@ -302,13 +286,13 @@ def main(argv: list[str] | None = None) -> None:
     subjects = given(args.images, trained) if args.images else \
         of_the_run(folder, trained, args.per_class)
     founds, checks = [], []
-    with tqdm(total=passes(subjects, args), desc="explaining", unit="pass", unit_scale=True,
-              disable=None) as bar:
-        classify = classifier(trained, bar)
+    classify = classifier(trained)
+    with tqdm(total=len(subjects) + len(STAGES), desc="explaining", disable=None) as bar:
         for i, s in enumerate(subjects):
-            founds.append(explain(trained, s, args, classify, bar.update))
+            founds.append(explain(trained, s, args, classify))
             checks.append(None if s.chosen == "misclassified" else
                           check(s, founds[-1], args, classify, seed=i))
+            bar.update()
         checked = [i for i, c in enumerate(checks) if c]
         correlations = randomise(trained, [subjects[i] for i in checked],
                                  [founds[i] for i in checked], args, bar)

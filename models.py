@@ -1,9 +1,6 @@
 """Networks: build, freeze, initialise, save and load; and which of their entries are BatchNorm's.
 
-As a script it prints the paper's Table 3 for any torchvision classifier:
-
-    python models.py resnet50          # 23,516,228 parameters with the four-class head
-    python models.py resnet50 --train-from layer4
+The paper's Table 3 for any torchvision classifier: `python -m reporting.architecture resnet50`.
 """
 
 import argparse
@@ -20,7 +17,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from checks import InputError, guard, integer, make_parser
+from checks import InputError
 
 State = dict[str, Tensor]
 BATCHNORM = nn.modules.batchnorm._BatchNorm  # found by isinstance: names differ between networks
@@ -321,41 +318,3 @@ def _interned(content: object) -> object:
         return content
     return {sys.intern(key) if isinstance(key, str) else key: _interned(value)
             for key, value in content.items()}
-
-
-def table(model: nn.Module, size: int) -> list[tuple[str, str, int, int]]:
-    """(module, output shape, parameters, trainable parameters) of each top-level module."""
-    shapes, hooks = {}, []
-    for name, module in model.named_children():
-        hooks.append(module.register_forward_hook(
-            lambda _m, _i, out, name=name: shapes.__setitem__(name, tuple(out.shape[1:]))))
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, size, size))
-    for hook in hooks:
-        hook.remove()
-    return [(name, str(shapes.get(name, "-")), sum(p.numel() for p in module.parameters()),
-             sum(p.numel() for p in module.parameters() if p.requires_grad))
-            for name, module in model.named_children()]
-
-
-def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("model", nargs="?", default="resnet50")
-    parser.add_argument("--classes", type=integer(2), default=4)
-    parser.add_argument("--image-size", type=integer(8), default=224)
-    parser.add_argument("--train-from", metavar="MODULE")
-    args = parser.parse_args()
-    model = build(args.model, args.classes)
-    freeze(model, args.train_from)
-    rows = table(model, args.image_size)
-    total, trainable = (sum(row[i] for row in rows) for i in (2, 3))
-    print(f"{'module':<14}{'output shape':<20}{'parameters':>14}{'trainable':>14}")
-    for name, shape, parameters, free in [*rows, ("all", "", total, trainable)]:
-        print(f"{name:<14}{shape:<20}{parameters:>14,}{free:>14,}")
-    layers = sum(isinstance(m, BATCHNORM) for m in model.modules())
-    print(f"head: {head_name(model)}; BatchNorm layers: {layers}; "
-          f"state entries: {len(model.state_dict())}")
-
-
-if __name__ == "__main__":
-    guard(main)

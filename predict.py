@@ -10,17 +10,18 @@ Exit code 1 where an image could not be read; the others are done.
 import json
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from tqdm import tqdm
 
 import models
 from checks import InputError, guard, integer, make_parser, warn
 from dataset import interventions
-from dataset.files import CLASS_NAMES, decode, find_files
+from dataset.files import CLASS_NAMES, decode_all, find_files
 from reporting import inference, metrics, report, run_folder
 
 MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
@@ -86,12 +87,20 @@ def label_of(file: Path, root: Path | None, names: dict[str, str]) -> str:
     return next((names[part.lower()] for part in reversed(parts) if part.lower() in names), "")
 
 
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The T > 0 whose softmax(logits / T) has the lowest cross-entropy (Guo et al. 2017)."""
+    def loss(log_t: float) -> float:
+        scaled = log_softmax(logits / np.exp(log_t), axis=1)
+        return -scaled[np.arange(len(labels)), labels].mean()
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+
+
 def temperature(folder: Path) -> float:
     """`temperature.json` of the run; fitted on its validation predictions if not yet there."""
     path = folder / "temperature.json"
     if not path.exists():
         val = run_folder.read_predictions(folder, "val")
-        value = metrics.fit_temperature(val.logits, val.labels)
+        value = fit_temperature(val.logits, val.labels)
         before, after = (metrics.measure(val.logits / t, val.labels, val.classes)
                          for t in (1.0, value))
         run_folder.write_json(path, {
@@ -108,26 +117,18 @@ def predict(trained: inference.Trained, files: list[Path],
     """
     out = np.full((len(files), len(trained.classes)), np.nan)
     seconds, bad = np.full(len(files), np.nan), {}
-
-    def read(i: int) -> torch.Tensor | None:
-        try:
-            return torch.from_numpy(decode(files[i], trained.image_size)[0].copy())
-        except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
-            bad[i] = " ".join(str(error).split())
-            return None
-    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="predicting", unit="image",
-                                            disable=None) as bar:
+    with tqdm(total=len(files), desc="predicting", unit="image", disable=None) as bar:
         for start in range(0, len(files), inference.BATCH):
-            rows = range(start, min(start + inference.BATCH, len(files)))
-            pixels = list(pool.map(read, rows))
-            good = [i for i, x in zip(rows, pixels, strict=True) if x is not None]
-            if good:
-                batch = torch.stack([x for x in pixels if x is not None]).permute(0, 3, 1, 2)
-                batch = interventions.apply(batch, trained.interventions)
+            chunk = files[start:start + inference.BATCH]
+            decoded = dict(enumerate(decode_all(chunk, trained.image_size), start))
+            bad |= {i: x for i, x in decoded.items() if isinstance(x, str)}
+            if good := [i for i in decoded if i not in bad]:
+                batch = torch.from_numpy(np.stack([decoded[i][0] for i in good]))
+                batch = interventions.apply(batch.permute(0, 3, 1, 2), trained.interventions)
                 began = time.perf_counter()
                 out[good] = inference.logits(trained, batch).numpy() / t
                 seconds[good] = (time.perf_counter() - began) / len(good)
-            bar.update(len(rows))
+            bar.update(len(chunk))
     return out, seconds, bad
 
 

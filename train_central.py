@@ -19,7 +19,7 @@ import models
 from checks import InputError, guard, integer, number
 from dataset import splits
 from reporting import report, run_folder
-from training import evaluation, experiment
+from training import evaluation, experiment, folds
 from training.processes import Job
 from training.recipe import DEMONSTRATION
 from training.recipe import add_arguments as add_recipe_arguments
@@ -141,8 +141,7 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
         print_epoch(history[-1], args.epochs)
         checkpoint = make_checkpoint(epoch, state, history, trainer)
         evaluation.save_progress(folder, args, model, images.classes, checkpoint)
-    report.print_summary(evaluation.finish(folder, args, measured, checkpoint))
-    print(f"report: {folder}/report.md")
+    report.print_summary(folder, evaluation.finish(folder, args, measured, checkpoint))
 
 
 def make_checkpoint(epoch: int, state: models.State, history: list[dict], trainer: tuple) -> dict:
@@ -179,7 +178,7 @@ def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experime
         print(f"---- {name}: {len(split['train'])} training, {len(split['val'])} validation, "
               f"{len(split['test'])} test images", flush=True)
         train_alone(args, part, run, split, start, client_id)
-    evaluation.pool_folds(folder, run.images, {name: split for name, split, _ in parts})
+    folds.pool_folds(folder, run.images, {name: split for name, split, _ in parts})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -97,7 +97,7 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
         seconds = time.perf_counter() - began
         tally = job.total("tally", measured.tally("val", state, local_bn))
         history.append(make_record(round_index, recipe.lr, records, tally, seconds))
-        print_round(history[-1], args.rounds)
+        report.print_round(history[-1], args.rounds)
         checkpoint = {"round": round_index, "state": models.moved(state, "cpu"), "history": history,
                       "local_bn": {k: models.moved(s, "cpu") for k, s in local_bn.items()}}
         if folder is not None:
@@ -152,19 +152,6 @@ def make_record(round_index: int, lr: float, clients: list[dict], tally: list,
     return {"round": round_index, "lr": lr, **evaluation.validation(tally), **pooled,
             "images": images, "steps": sum(c["steps"] for c in clients), "clients": clients,
             "seconds": seconds, "images_per_second": images / seconds}
-
-
-def print_round(record: dict, rounds: int) -> None:
-    """A line for each client of the round, then one for the round."""
-    for c in record["clients"]:
-        norm = "not finite, left out" if c["left_out"] else report.show(c["update_norm"], 3)
-        name = c.get("site", f"client {c['client']}")
-        print(f"  {name}: {c['num_examples']} images, {c['steps']} steps, loss "
-              f"{report.show(c['loss'])}, accuracy {report.show(c['accuracy'], 3)}, update "
-              f"norm {norm}, skipped {report.show(c['skipped_steps'], 0)}")
-    print(f"round {record['round']}/{rounds}: val loss {report.show(record['val_loss'])}, "
-          f"val accuracy {report.show(record['val_accuracy'])}, lr {record['lr']:g}, "
-          f"{record['images_per_second']:.1f} images/s", flush=True)
 
 
 def main(argv: list[str] | None = None, job: processes.Job | None = None) -> None:

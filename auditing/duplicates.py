@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from skimage.registration import phase_cross_correlation
 from torch import Tensor
 from tqdm import tqdm
@@ -117,16 +119,10 @@ def exact_pairs(digests: list[str]) -> list[tuple[int, int]]:
 
 def group(n: int, pairs: list[tuple[int, int]]) -> np.ndarray:
     """int [n]: connected components of the pairs, each named by its first member."""
-    parent = list(range(n))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-    for i, j in pairs:
-        a, b = sorted((root(i), root(j)))
-        parent[b] = a
-    return np.array([root(i) for i in range(n)])
+    ends = np.array(pairs, dtype=int).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(pairs)), tuple(ends)), shape=(n, n))
+    _, component = connected_components(graph, directed=False)
+    return np.unique(component, return_index=True)[1][component]
 
 
 def count_partners(groups: np.ndarray, part: np.ndarray, train: np.ndarray) -> int:

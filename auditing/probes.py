@@ -4,15 +4,12 @@ Each probe is a table of numbers per image; the classifier is that of `baselines
 does not beat the best of them has not shown that it reads cells.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 
 from data import Images
 from dataset import interventions
-from dataset.files import class_root
 from dataset.interventions import CORNER
 from reporting import metrics
 from reporting.baselines import colour_statistics, make_classifier
@@ -51,31 +48,31 @@ def corner(images: Images) -> np.ndarray:
     return F.interpolate(cut, (8, 16), mode="area").flatten(1).numpy()
 
 
-def header(images: Images, root: Path) -> np.ndarray:
+def header(images: Images) -> np.ndarray:
     """What a file says before any pixel: its size in bytes, width, height, mode, JPEG tables, the
     number of quantisation tables, progressive or not, dots per inch, length of its metadata."""
     rows = []
     for path in images.paths:
-        with Image.open(root / path) as image:
+        with Image.open(images.root / path) as image:
             tables = getattr(image, "quantization", None) or {}
             info = image.info
             dpi = info.get("dpi", (0, 0))
-            rows.append([(root / path).stat().st_size, *image.size, len(image.getbands()),
+            rows.append([(images.root / path).stat().st_size, *image.size, len(image.getbands()),
                          len(tables), *(np.mean(tables[k]) if k in tables else 0 for k in (0, 1)),
                          info.get("progressive", 0), float(dpi[0]), len(info.get("exif", b"")),
                          len(info.get("icc_profile", b""))])
     return np.array(rows, dtype=np.float64)
 
 
-def features(images: Images, root: Path | None) -> dict[str, np.ndarray]:
-    """Probe name → float [n, d], NaN-free. The header needs files on disk (`root`)."""
+def features(images: Images) -> dict[str, np.ndarray]:
+    """Probe name → float [n, d], NaN-free. The header needs files on disk."""
     pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
     found = {"colour means": colour_statistics(pixels, "means"),
              "colour statistics": colour_statistics(pixels, "statistics"),
              "background only": background(images), "scale-bar corner only": corner(images),
              "border frame only": frame(images)}
-    if root is not None:
-        found["file size and header only"] = header(images, class_root(root, images.paths[0]))
+    if images.root is not None:
+        found["file size and header only"] = header(images)
     return found
 
 

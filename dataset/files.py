@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,15 +56,6 @@ def class_name(folder: Path) -> str:
     return CLASS_NAMES.get(folder.name.lower(), folder.name)
 
 
-def class_root(root: Path, path: str) -> Path:
-    """The folder that `path` of a data set is relative to: `root`, or what it steps into."""
-    while not (root / path).exists():
-        inner = [p for p in sorted(root.iterdir()) if p.is_dir()]
-        original = [p for p in inner if p.name.lower() == "original"]
-        root = (original or inner)[0]
-    return root
-
-
 def _walk_error(error: OSError) -> None:
     raise error
 
@@ -104,3 +98,16 @@ def decode(path: Path, size: int) -> tuple[np.ndarray, str, tuple]:
     digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
     small = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.BILINEAR)
     return np.asarray(small), digest, (*rgb.size, mode)
+
+
+def decode_all(files: list[Path], size: int) -> Iterator[tuple | str]:
+    """What `decode` makes of each file, in order, decoded in parallel; for a file that cannot be
+    read the reason, in words."""
+    def work(path: Path) -> tuple | str:
+        try:
+            return decode(path, size)
+        except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
+            return " ".join(str(error).replace(str(path), "it").split())
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield from pool.map(work, files)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from scipy.integrate import trapezoid
 from scipy.stats import spearmanr
+from scipy.stats import t as student
 from torch import Tensor
 
 GRID = 14  # cells a side that deletion removes; 16 pixels each at 224
@@ -86,3 +87,14 @@ def rectangle(shape: tuple[int, int], box: tuple[float, float, float, float]) ->
     rows, columns = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
     inside = (columns >= box[0]) & (columns < box[2])
     return ((rows >= box[1]) & (rows < box[3]))[:, None] & inside
+
+
+def mean_interval(values: list[float | None]) -> dict:
+    """Mean over images with Student's 95 % interval; None where fewer than two are defined."""
+    known = np.array([v for v in values if v is not None])
+    n = len(known)
+    if n < 2:
+        return {"n": n, "value": float(known.mean()) if n else None, "low": None, "high": None}
+    half = student.ppf(0.975, n - 1) * known.std(ddof=1) / np.sqrt(n)
+    mean = known.mean()
+    return {"n": n, "value": float(mean), "low": float(mean - half), "high": float(mean + half)}

@@ -6,11 +6,9 @@ narrow wherever patients contribute several images.
 """
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from scipy.stats import binomtest
-from scipy.stats import t as student
-from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from sklearn.metrics import cohen_kappa_score, confusion_matrix, roc_auc_score
 
 BOOTSTRAP = 1000  # resamples of the percentile intervals
 BINS = 15  # of the expected calibration error
@@ -46,7 +44,7 @@ def measure_counts(confusion: np.ndarray, loss_sum: float, classes: list[str]) -
 def _measure(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None, loss: float,
              classes: list[str]) -> dict:
     n = len(labels)
-    confusion = confusion_matrix(labels, predicted, len(classes))
+    confusion = confusion_matrix(labels, predicted, labels=range(len(classes)))
     per_class = per_class_metrics(confusion, p, labels, classes)
     present = np.flatnonzero(confusion.sum(1))
     support = confusion.sum(1)[present]
@@ -75,12 +73,6 @@ def wilson(successes: int, n: int) -> dict:
         return {"value": None, "low": None, "high": None}
     interval = binomtest(successes, n).proportion_ci(method="wilson")
     return {"value": successes / n, "low": float(interval.low), "high": float(interval.high)}
-
-
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """int64 [true, predicted]."""
-    cells = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    return cells.reshape(num_classes, num_classes)
 
 
 def per_class_metrics(confusion: np.ndarray, p: np.ndarray | None, labels: np.ndarray,
@@ -149,7 +141,7 @@ def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None,
         kappas = (hits.sum(1) / n - chance) / (1 - chance)
     aucs = np.full((1, 1), np.nan) if p is None else np.stack(
         [resampled_auc(counts, labels == c, p[:, c]) for c in range(num_classes)], 1)
-    return {name: _percentiles(values) for name, values in
+    return {name: percentiles(values) for name, values in
             (("macro_f1", _row_means(f1)), ("kappa", kappas), ("roc_auc", _row_means(aucs)))}
 
 
@@ -170,7 +162,7 @@ def _row_means(values: np.ndarray) -> np.ndarray:
         return np.where(known, values, 0).sum(1) / known.sum(1)
 
 
-def _percentiles(values: np.ndarray) -> dict:
+def percentiles(values: np.ndarray) -> dict:
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return {"low": None, "high": None}
@@ -187,57 +179,3 @@ def mean_sd(values: list[dict | float | None]) -> dict:
     known = np.array([v for v in plain if v is not None])
     return {"n": len(known), "mean": float(known.mean()) if len(known) else None,
             "sd": float(known.std(ddof=1)) if len(known) > 1 else None}
-
-
-def mean_interval(values: list[float | None]) -> dict:
-    """Mean over images with Student's 95 % interval; None where fewer than two are defined."""
-    known = np.array([v for v in values if v is not None])
-    n = len(known)
-    if n < 2:
-        return {"n": n, "value": float(known.mean()) if n else None, "low": None, "high": None}
-    half = student.ppf(0.975, n - 1) * known.std(ddof=1) / np.sqrt(n)
-    mean = known.mean()
-    return {"n": n, "value": float(mean), "low": float(mean - half), "high": float(mean + half)}
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The T > 0 whose softmax(logits / T) has the lowest cross-entropy (Guo et al. 2017)."""
-    def loss(log_t: float) -> float:
-        scaled = log_softmax(logits / np.exp(log_t), axis=1)
-        return -scaled[np.arange(len(labels)), labels].mean()
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
-
-
-def cluster_bootstrap(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> dict:
-    """Mean of `values`, float [n], with its percentile bootstrap 95 % interval over whole groups:
-    for images that are alike within a group and independent between groups."""
-    _, members = np.unique(groups, return_inverse=True)
-    sums, sizes = np.bincount(members, values.astype(float)), np.bincount(members)
-    k = len(sizes)
-    drawn = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), 10 * BOOTSTRAP)
-    means = drawn @ sums / (drawn @ sizes)
-    return {"value": float(values.mean()), **_percentiles(means)}
-
-
-def mcnemar(a: np.ndarray, b: np.ndarray) -> dict:
-    """Exact two-sided McNemar test of two classifiers on the same images (McNemar 1947).
-
-    a, b: bool [n], correct or not. The images that only one of them gets right are `a_only` and
-    `b_only`; p is the binomial probability of a split at least as uneven, 1 where there is none.
-    """
-    a_only, b_only = int((a & ~b).sum()), int((b & ~a).sum())
-    discordant = a_only + b_only
-    p = binomtest(a_only, discordant).pvalue if discordant else 1.0
-    return {"a_only": a_only, "b_only": b_only, "p": float(p)}
-
-
-def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict:
-    """Mean of a - b over the same images with its percentile bootstrap 95 % interval.
-
-    a, b: float [n], per image correct (0 or 1) or the share of several runs that are. Images are
-    resampled in pairs.
-    """
-    n = len(a)
-    values, counts = np.unique(a.astype(float) - b, return_counts=True)  # few distinct
-    drawn = np.random.default_rng(seed).multinomial(n, counts / n, 10 * BOOTSTRAP)
-    return {"value": float(values @ counts / n), **_percentiles(drawn @ values / n)}

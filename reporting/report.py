@@ -2,6 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
+
+from data import Images
+from dataset.splits import Split, count_twins
+from reporting import figures
+from reporting.baselines import colour_only
+from reporting.run_folder import read_run, write_json, write_text
+
 
 def show(figure: dict | float | None, digits: int = 4) -> str:
     """A number, or {"value", "low", "high"} as `0.9938 (0.9778–0.9983)`; None as a dash."""
@@ -54,10 +62,24 @@ def print_table(header: list[str], rows: list[list]) -> None:
         print("  ".join(str(x).ljust(w) for x, w in zip(row, widths, strict=True)).rstrip())
 
 
-def print_summary(results: dict) -> None:
+def print_round(record: dict, rounds: int) -> None:
+    """A line for each client of the round, then one for the round."""
+    for c in record["clients"]:
+        norm = "not finite, left out" if c["left_out"] else show(c["update_norm"], 3)
+        name = c.get("site", f"client {c['client']}")
+        print(f"  {name}: {c['num_examples']} images, {c['steps']} steps, loss "
+              f"{show(c['loss'])}, accuracy {show(c['accuracy'], 3)}, update "
+              f"norm {norm}, skipped {show(c['skipped_steps'], 0)}")
+    print(f"round {record['round']}/{rounds}: val loss {show(record['val_loss'])}, "
+          f"val accuracy {show(record['val_accuracy'])}, lr {record['lr']:g}, "
+          f"{record['images_per_second']:.1f} images/s", flush=True)
+
+
+def print_summary(folder: Path, results: dict) -> None:
     """The table at the end of a run."""
     print_table(SUMMARY, summary_rows(results, "round" if "round" in results["best"] else "epoch"))
     print_colour(results)
+    print(f"report: {folder}/report.md")
 
 
 def print_colour(results: dict) -> None:
@@ -91,13 +113,6 @@ def member_rows(results: dict) -> list[list]:
     return rows
 
 
-def print_pooled(results: dict) -> None:
-    """The table at the end of a run of folds or sites."""
-    print_table(MEMBERS, member_rows(results))
-    if "colour_only" in results:
-        print_colour(results)
-
-
 CLIENTS = ["client", "n", "accuracy (95 %)", "macro F1"]
 
 
@@ -114,12 +129,6 @@ def client_table(figures: dict) -> str:
         return ""
     return ("### Each client on its own share of the test part (own BatchNorm)\n\n"
             + markdown(CLIENTS, client_rows(figures)))
-
-
-def print_sites(results: dict) -> None:
-    """The tables at the end of a run over sites with their own data."""
-    print_table(SUMMARY, summary_rows(results))
-    print_table(["site", *CLIENTS[1:]], client_rows(results["best"]["test"], results["sites"]))
 
 
 MODEL_CARD = """## Model card
@@ -175,65 +184,107 @@ def colour_table(results: dict) -> str:
             + markdown(["statistics", "validation", "test"], colour_rows(results)))
 
 
-def tail(folder: Path, run: dict, twins: int, n: int, colour: str) -> str:
-    """Figures, settings and model card."""
-    figures = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(folder.glob("*.png")))
+def figures_and_settings(folder: Path, run: dict) -> str:
+    """Every figure of the folder, and every argument that is set."""
+    drawn = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(folder.glob("*.png")))
     settings = [[k, v] for k, v in run["arguments"].items()
                 if v is not None and v is not False]  # a zero is a setting
+    return f"## Figures\n\n{drawn}\n\n## Settings\n\n{markdown(['argument', 'value'], settings)}"
+
+
+def tail(folder: Path, run: dict, twins: int, n: int, colour: str) -> str:
+    """Figures, settings and model card."""
     card = MODEL_CARD.format(
         data=f"{run['data']}, {run['images']} images, classes {', '.join(run['classes'])}",
         fingerprint=run["fingerprint"][:16], split=run["arguments"]["split"], twins=twins,
         split_seed=run["arguments"]["split_seed"], n=n, colour=colour,
         **(SYNTHETIC if run["synthetic"] else REAL))
-    return (f"## Figures\n\n{figures}\n\n## Settings\n\n"
-            f"{markdown(['argument', 'value'], settings)}\n\n{card}")
+    return f"{figures_and_settings(folder, run)}\n\n{card}"
 
 
-def report_page(folder: Path, run: dict, results: dict, twins: int) -> str:
-    """`report.md` of one trained network: tables and figures, ending with the model card."""
-    test = results["best"]["test"]
-    unit = "round" if "round" in results["best"] else "epoch"
+def write_page(folder: Path, sections: list[str]) -> None:
+    """report.md of these sections; empty ones are left out."""
+    write_text(folder / "report.md", "\n\n".join(s for s in sections if s).rstrip() + "\n")
+
+
+def write_run(folder: Path, results: dict, history: list[dict], images: Images, split: Split,
+              logits: np.ndarray, clients: list[np.ndarray] | None) -> dict:
+    """Figures, report.md and results.json of one trained network; returns what the latter holds.
+
+    logits: float32 [n, C] of the best model on the test part. Adds what colour alone reaches.
+    """
+    results = results | {"colour_only": colour_only(images, split)}
+    best, labels = results["best"], images.labels.numpy()
+    test, unit = best["test"], "round" if "round" in best else "epoch"
+    figures.plot_curves([history], folder / "history.png", unit, best[unit])
+    figures.plot_confusion(test["confusion"], images.classes, "best model, test",
+                           folder / "confusion.png")
+    figures.plot_roc(logits, labels[split["test"]], images.classes, test["per_class"],
+                     folder / "roc.png")
+    if clients is not None:
+        figures.plot_clients(labels, clients, images.classes, folder / "clients.png")
     chosen = ("Best = lowest validation loss, the earliest on ties; the test part was touched "
-              "after training only." if results["best"]["val"] else
+              "after training only." if best["val"] else
               "No validation part: the last epoch is scored.")
-    sections = [
+    run, twins = read_run(folder), count_twins(images.digests, split["test"], split["train"])
+    write_page(folder, [
         head(folder, run, results),
         f"## Results\n\n{chosen}\n\n{markdown(SUMMARY, summary_rows(results, unit))}",
         class_table(test, "best model, test"), client_table(test), colour_table(results),
         tail(folder, run, twins, test["n"],
-             show(best_colour_row(results, "statistics")["test"]))]
-    return "\n\n".join(s for s in sections if s)
+             show(best_colour_row(results, "statistics")["test"]))])
+    write_json(folder / "results.json", results)  # last: it says that the run is complete
+    return results
 
 
-def pooled_page(folder: Path, run: dict, results: dict, twins: int) -> str:
-    """`report.md` of a run of folds, or of single sites."""
+def write_pooled(folder: Path, results: dict, histories: list[list[dict]], twins: int,
+                 drawn: tuple[np.ndarray, np.ndarray] | None) -> None:
+    """Figures and report.md of a run of folds, or of hospitals alone; the table on the terminal.
+
+    drawn: logits [n, C] and labels [n] of the pooled test parts, where they are disjoint.
+    """
+    figures.plot_curves(histories, folder / "curves.png")
+    run, colour = read_run(folder), "what the report of each part says"
     sections = [head(folder, run, results), "## Results", markdown(MEMBERS, member_rows(results)),
                 "Each row is a run in the folder of that name, with a report of its own."]
-    n = sum(m["n"] for m in results["members"])
-    colour = "what the report of each part says"
-    if "best" in results:
+    print_table(MEMBERS, member_rows(results))
+    if drawn is not None:
+        test = results["best"]["test"]
+        figures.plot_confusion(test["confusion"], run["classes"], "out of fold",
+                               folder / "confusion.png")
+        figures.plot_roc(*drawn, run["classes"], test["per_class"], folder / "roc.png")
         sections += [("The standard deviation over folds is no standard error: training parts "
                       "overlap. The interval is that of the pooled predictions."),
-                     class_table(results["best"]["test"], "pooled, out of fold"),
-                     colour_table(results)]
+                     class_table(test, "pooled, out of fold"), colour_table(results)]
         colour = show(best_colour_row(results, "statistics")["test"])
-    return "\n\n".join([*sections, tail(folder, run, twins, n, colour)])
+        print_colour(results)
+    n = sum(m["n"] for m in results["members"])
+    write_page(folder, [*sections, tail(folder, run, twins, n, colour)])
+    write_json(folder / "results.json", results)
+    print(f"report: {folder}/report.md")
 
 
-def sites_page(folder: Path, run: dict, results: dict) -> str:
-    """`report.md` of a run over sites with their own data: pooled counts, a row per site."""
-    settings = [[k, v] for k, v in run["arguments"].items() if v is not None and v is not False]
-    return "\n\n".join([
+def write_sites(folder: Path, results: dict, history: list[dict], classes: list[str]) -> None:
+    """Figures, report.md and the tables on the terminal of hospitals with images of their own:
+    pooled counts, and a row for each hospital."""
+    test, run = results["best"]["test"], read_run(folder)
+    figures.plot_curves([history], folder / "history.png", "round", results["best"]["round"])
+    figures.plot_confusion(test["confusion"], classes, "best model, test parts of all sites",
+                           folder / "confusion.png")
+    header, rows = ["site", *CLIENTS[1:]], client_rows(test, results["sites"])
+    write_page(folder, [
         f"# {folder.name}",
-        (f"Sites: {', '.join(results['sites'])}. {results['images_seen']} training passes in "
+        (f"Sites: {results['data']}. {results['images_seen']} training passes in "
          f"{results['optimizer_steps']} optimiser steps, commit {run['git']}."),
         "## Results", "Best = lowest validation loss pooled over sites, the earliest on ties.",
         markdown(SUMMARY, summary_rows(results)),
-        "### Each site on its own test part (best model)",
-        markdown(["site", *CLIENTS[1:]], client_rows(results["best"]["test"], results["sites"])),
-        class_table(results["best"]["test"], "best model, test parts of all sites"),
+        "### Each site on its own test part (best model)", markdown(header, rows),
+        class_table(test, "best model, test parts of all sites"),
         ("Intervals assume independent images. Each site's predictions stay in its own folder; "
          "what crossed between sites, and what that does not protect, stands in SECURITY.md. "
          "Research and teaching only, not a medical device."),
-        "## Figures", *(f"![{p.stem}]({p.name})" for p in sorted(folder.glob("*.png"))),
-        "## Settings", markdown(["argument", "value"], settings)]) + "\n"
+        figures_and_settings(folder, run)])
+    write_json(folder / "results.json", results)
+    print_table(SUMMARY, summary_rows(results))
+    print_table(header, rows)
+    print(f"report: {folder}/report.md")

@@ -259,27 +259,21 @@ def restarts() -> int:
 
 def continued(argv: list[str]) -> list[str]:
     """The command line of rank 0: after a restart it resumes the folder that its launcher began."""
-    if not restarts() or "--resume" in argv:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--out", "--resume", "--timeout"):
+        parser.add_argument(flag)
+    given, _ = parser.parse_known_args(argv)
+    if not restarts() or given.resume:
         return argv
-    out = argv[argv.index("--out") + 1:argv.index("--out") + 2] if "--out" in argv else []
-    if out and Path(out[0]).is_dir() and not any(Path(out[0]).iterdir()):
-        Path(out[0]).rmdir()  # killed between making it and writing in it
-    places = [Path(x) for x in out] or sorted(
-        (p.parent for p in Path("runs").glob("*/run.json")), key=lambda p: p.stat().st_mtime)
+    out = given.out and Path(given.out)
+    if out and out.is_dir() and not any(out.iterdir()):
+        out.rmdir()  # killed between making it and writing in it
+    places = [out] if out else sorted((p.parent for p in Path("runs").glob("*/run.json")),
+                                      key=lambda p: p.stat().st_mtime)
     mine = [p for p in places if (p / "run.json").exists()
             and read_json(p / "run.json").get("launcher") == launcher()]
-    return [*without(argv, "--out"), "--resume", str(mine[-1])] if mine else argv
-
-
-def without(argv: list[str], *flags: str) -> list[str]:
-    """A command line less the given flags and their values."""
-    kept, dropping = [], False
-    for token in argv:
-        if token.startswith("--"):
-            dropping = token.partition("=")[0] in flags
-        if not dropping:
-            kept.append(token)
-    return kept
+    timeout = ["--timeout", given.timeout] if given.timeout else []
+    return ["--resume", str(mine[-1]), *timeout] if mine else argv
 
 
 def append_history(folder: Path, record: dict) -> None:

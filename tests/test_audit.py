@@ -18,7 +18,7 @@ import predict
 from auditing import duplicates, probes
 from checks import InputError
 from dataset import interventions
-from reporting import metrics
+from reporting import paired
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_probe_finds_its_planted_shortcut_and_chance_without(name, area):
     def score(pixels):
         images = toy_images(n, size=32)
         images.pixels, images.labels = stack(pixels), torch.from_numpy(labels)
-        return probes.score(probes.features(images, None)[name], labels, [toy_split(n)])
+        return probes.score(probes.features(images)[name], labels, [toy_split(n)])
     clean = score(noise)
     assert clean["low"] < 1 / 3 < clean["high"]
     marked = noise.copy()
@@ -128,7 +128,7 @@ def test_the_header_probe_reads_no_pixel(tmp_path):
             (tmp_path / name).mkdir(exist_ok=True)
             picture.save(tmp_path / name / f"{i}.jpg", quality=quality)
     images = data.read_folder(str(tmp_path), 24)
-    x = probes.features(images, tmp_path)["file size and header only"]
+    x = probes.features(images)["file size and header only"]
     assert probes.score(x, images.labels.numpy(), [toy_split(60)])["value"] == 1.0
 
 
@@ -175,12 +175,12 @@ def test_interventions_change_training_and_follow_the_model(tree, tmp_path):
 
 def test_cluster_bootstrap_is_wider_where_groups_are_alike():
     values = np.repeat(np.arange(20) % 4 > 0, 5).astype(float)
-    single = metrics.cluster_bootstrap(values, np.arange(100))
-    grouped = metrics.cluster_bootstrap(values, np.repeat(np.arange(20), 5))
+    single = paired.cluster_bootstrap(values, np.arange(100))
+    grouped = paired.cluster_bootstrap(values, np.repeat(np.arange(20), 5))
     assert single["value"] == grouped["value"] == 0.75
     ratio = (grouped["high"] - grouped["low"]) / (single["high"] - single["low"])
     assert ratio == pytest.approx(np.sqrt(5), rel=0.12)
-    one = metrics.cluster_bootstrap(np.array([1.0, 1.0, 0.0]), np.zeros(3))
+    one = paired.cluster_bootstrap(np.array([1.0, 1.0, 0.0]), np.zeros(3))
     assert one["low"] == one["high"] == pytest.approx(2 / 3)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import models
 from checks import InputError
+from reporting import architecture
 
 
 @pytest.mark.parametrize("name,parameters,batchnorms,entries", [
@@ -34,14 +35,14 @@ def test_parameter_batchnorm_and_entry_counts(name, parameters, batchnorms, entr
 
 
 def test_table_3_of_the_paper(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["models.py", "resnet50", "--image-size", "32"])
-    models.main()
+    monkeypatch.setattr("sys.argv", ["architecture.py", "resnet50", "--image-size", "32"])
+    architecture.main()
     out = capsys.readouterr().out
     assert "fc            (4,)                         8,196         8,196" in out
     assert "23,516,228    23,516,228" in out and "BatchNorm layers: 53" in out
-    monkeypatch.setattr("sys.argv", ["models.py", "resnet50", "--image-size", "32",
+    monkeypatch.setattr("sys.argv", ["architecture.py", "resnet50", "--image-size", "32",
                                      "--train-from", "fc"])
-    models.main()
+    architecture.main()
     assert "23,516,228         8,196" in capsys.readouterr().out
 
 

@@ -14,8 +14,7 @@ from scipy.special import log_softmax
 import data
 import models
 from dataset import interventions, splits
-from reporting import figures, metrics, report, run_folder
-from reporting.baselines import colour_only
+from reporting import metrics, report, run_folder
 
 
 @torch.no_grad()
@@ -149,22 +148,8 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, check
                       for part in ("val", "test") if len(split[part])}
             measured = {"val": None, **{p: evaluation.measure(p, x) for p, x in logits.items()}}
         results[name] = {unit: source[unit], **measured}
-    labels = images.labels.numpy()
-    results["colour_only"] = colour_only(images, split)
     run_folder.write_predictions(folder, images, split, logits)
-    test = results["best"]["test"]
-    figures.plot_history(history, best[unit], folder / "history.png", unit)
-    figures.plot_confusion(test["confusion"], images.classes, "best model, test",
-                           folder / "confusion.png")
-    figures.plot_roc(logits["test"], labels[split["test"]], images.classes, test["per_class"],
-                     folder / "roc.png")
-    if clients is not None:
-        figures.plot_clients(labels, clients, images.classes, folder / "clients.png")
-    twins = splits.count_twins(images.digests, split["test"], split["train"])
-    run_folder.write_text(folder / "report.md", report.report_page(
-        folder, run_folder.read_run(folder), results, twins))
-    run_folder.write_json(folder / "results.json", results)  # last: the run is complete
-    return results
+    return report.write_run(folder, results, history, images, split, logits["test"], clients)
 
 
 def finish_job(job, folder: Path | None, args: argparse.Namespace, evaluation: Evaluation,
@@ -176,8 +161,7 @@ def finish_job(job, folder: Path | None, args: argparse.Namespace, evaluation: E
     """
     if not job.sites:
         if folder is not None:
-            report.print_summary(finish(folder, args, evaluation, checkpoint, clients))
-            print(f"report: {folder}/report.md")
+            report.print_summary(folder, finish(folder, args, evaluation, checkpoint, clients))
         return
     best = best_index(checkpoint["history"]) + 1
     lead = checkpoint if folder is None else models.read_file(folder / "model.pt")
@@ -193,14 +177,7 @@ def finish_job(job, folder: Path | None, args: argparse.Namespace, evaluation: E
             part: pool_sites(job, own[which][part], evaluation.images.classes)
             for part in ("val", "test")}
     if folder is not None:
-        figures.plot_history(checkpoint["history"], best, folder / "history.png")
-        figures.plot_confusion(pooled["best"]["test"]["confusion"], evaluation.images.classes,
-                               "best model, test parts of all sites", folder / "confusion.png")
-        run_folder.write_text(folder / "report.md", report.sites_page(
-            folder, run_folder.read_run(folder), pooled))
-        run_folder.write_json(folder / "results.json", pooled)
-        report.print_sites(pooled)
-        print(f"report: {folder}/report.md")
+        report.write_sites(folder, pooled, checkpoint["history"], evaluation.images.classes)
 
 
 def pool_sites(job, own: dict, classes: list[str]) -> dict:
@@ -216,59 +193,3 @@ def budget(records: list[dict]) -> dict:
     """What training cost, over rounds, epochs or whole runs."""
     names = ("images", "images_seen"), ("steps", "optimizer_steps"), ("seconds", "seconds")
     return {name: sum(r.get(key, r.get(name)) for r in records) for key, name in names}
-
-
-def pool_folds(folder: Path, images: data.Images, several: dict[str, splits.Split]) -> dict:
-    """Results, curves and report of a run that consists of `several` runs in folders of their own.
-
-    Means over them with sample standard deviation. Where their test parts are disjoint (folds),
-    every image has one prediction made without it: those are pooled, with intervals.
-    """
-    members = {name: run_folder.read_json(folder / name / "results.json") for name in several}
-    first, tests = next(iter(members.values())), {n: m["best"]["test"] for n, m in members.items()}
-    results = {key: first[key] for key in ("data", "synthetic", "fingerprint", "model")}
-    results |= budget(list(members.values()))
-    results["members"] = [
-        {"name": name, "train": len(several[name]["train"]), "epoch": m["best"]["epoch"],
-         "n": tests[name]["n"], **{key: tests[name][key] for key in metrics.FIGURES}}
-        for name, m in members.items()]
-    results["mean"] = {key: metrics.mean_sd([t[key] for t in tests.values()])
-                       for key in metrics.FIGURES}
-    indices = np.concatenate([split["test"] for split in several.values()])
-    if len(set(indices.tolist())) == len(indices):
-        parts = [run_folder.read_predictions(folder / name) for name in several]
-        rows = {path: x for part in parts for path, x in zip(part.paths, part.logits, strict=True)}
-        indices = np.sort(indices)
-        logits = np.stack([rows[images.paths[i]] for i in indices])
-        labels = images.labels.numpy()
-        results["best"] = {"test": metrics.measure(logits, labels[indices], images.classes)}
-        results["colour_only"] = pooled_colour(list(members.values()))
-        run_folder.write_predictions(folder, images,
-                                     {name: s["test"] for name, s in several.items()},
-                                     {name: logits[np.searchsorted(indices, s["test"])]
-                                      for name, s in several.items()})
-        figures.plot_confusion(results["best"]["test"]["confusion"], images.classes,
-                               "out of fold", folder / "confusion.png")
-        figures.plot_roc(logits, labels[indices], images.classes,
-                         results["best"]["test"]["per_class"], folder / "roc.png")
-    figures.plot_curves([run_folder.read_history(folder / name) for name in several],
-                        folder / "curves.png")
-    twins = sum(splits.count_twins(images.digests, s["test"], s["train"])
-                for s in several.values())
-    run_folder.write_text(folder / "report.md", report.pooled_page(
-        folder, run_folder.read_run(folder), results, twins))
-    run_folder.write_json(folder / "results.json", results)
-    report.print_pooled(results)
-    print(f"report: {folder}/report.md")
-    return results
-
-
-def pooled_colour(members: list[dict]) -> list[dict]:
-    """The colour-only rows of folds, pooled over their test images."""
-    rows = []
-    for i, row in enumerate(members[0]["colour_only"]):
-        sizes = [m["best"]["test"]["n"] for m in members]
-        hits = sum(round(m["colour_only"][i]["test"]["value"] * n)
-                   for m, n in zip(members, sizes, strict=True))
-        rows.append({**row, "val": metrics.wilson(0, 0), "test": metrics.wilson(hits, sum(sizes))})
-    return rows
