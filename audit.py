@@ -8,7 +8,6 @@ groups.csv, which --split grouped --groups takes. Pictures in it are for local u
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,14 +98,8 @@ def probe_table(found: dict) -> str:
         [probe, *(report.show(row[name]) for name in names)] for probe, row in found.items()])
 
 
-def audit_data(argv: list[str]) -> None:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("data", metavar="DIR")
-    add("--out", metavar="DIR", help="default runs/audit-NAME")
-    add("--image-size", type=integer(32), default=224, help="side in pixels (default 224)")
-    add("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
-    args = parser.parse_args(argv)
+def audit_data(args: argparse.Namespace) -> None:
+    """Duplicates, shortcut probes and split seeds of a data set."""
     images = data.read_folder(args.data, args.image_size, skip_bad=True)
     folder = run_folder.new_folder(args.out, f"runs/audit-{images.name}")
     labels = images.labels.numpy()
@@ -128,20 +121,20 @@ def audit_data(argv: list[str]) -> None:
     figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
     figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
     run_folder.write_json(folder / "audit.json", result)
-    run_folder.write_text(folder / "report.md", data_page(result))
+    report.write_page(folder, data_page(result))
     print(f"{counts['identical_copies']} identical copies, {counts['near_pairs']} near pairs "
           f"({counts['near_pairs_across_classes']} across classes), {counts['groups']} groups")
     print(probe_table(rows))
     print(f"report: {folder}/report.md")
 
 
-def data_page(result: dict) -> str:
-    """`report.md` of a data audit."""
+def data_page(result: dict) -> list[str]:
+    """The sections of report.md of a data audit."""
     counts, seeds = result["duplicates"], result["split_seeds"]
     split_rows = [[name, "–", "–", row["why"]] if row["n"] is None else
                   [name, row["n"], row["identical"], row["partners"]]
                   for name, row in result["test_images_with_partner"].items()]
-    return "\n\n".join([
+    return [
         f"# What {result['data']} gives away",
         (f"{counts['images']} images, fingerprint `{result['fingerprint'][:16]}`; "
          f"{len(result['bad_files'])} unreadable."),
@@ -163,20 +156,10 @@ def data_page(result: dict) -> str:
          f"below it, {seeds['share_equal']:.1%} are equal."),
         "## Figures (local use only)",
         *(f"![{name}]({name}.png)" for name in
-          ("probes", "split-seeds", "near-duplicates", "interventions"))]) + "\n"
+          ("probes", "split-seeds", "near-duplicates", "interventions"))]
 
 
 # ---- a trained run ----------------------------------------------------------------------------
-
-def read_split(folder: Path, images: data.Images) -> splits.Split:
-    """Training and test indices as the run's split.csv has them."""
-    place = {path: i for i, path in enumerate(images.paths)}
-    parts: dict[str, list[int]] = {"train": [], "test": []}
-    for row in run_folder.read_split(folder):
-        for part in set(row["split"].split("+")) & set(parts):
-            parts[part].append(place[row["path"]])
-    return {name: np.array(sorted(part), dtype=np.int64) for name, part in parts.items()}
-
 
 def against_probes(correct: np.ndarray, images: data.Images,
                    split: splits.Split) -> dict:
@@ -204,23 +187,15 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
     return out
 
 
-def audit_run(argv: list[str]) -> None:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("run", metavar="RUN", help="run folder")
-    add("--groups", metavar="CSV", help="groups.csv of the data audit (default: found again)")
-    add("--out", metavar="DIR", help="default RUN/audit")
-    add("--device", default="auto")
-    args = parser.parse_args(argv)
+def audit_run(args: argparse.Namespace) -> None:
+    """A trained network against the probes, on its own test part."""
     folder = Path(args.run)
-    run, test = run_folder.read_run(folder), run_folder.read_predictions(folder)
+    test, (run, images) = run_folder.read_predictions(folder), run_folder.load_images(folder)
     trained = inference.load(folder, models.pick_device(args.device))
-    images = data.load(argparse.Namespace(**run["arguments"]))
-    run_folder.check_images(folder, images)
     groups = (np.unique(data.read_groups(args.groups, images.paths), return_inverse=True)[1]
               if args.groups else find_groups(images)[0])
     out = run_folder.new_folder(args.out or str(folder / "audit"), "")
-    split = read_split(folder, images)
+    split, _ = run_folder.read_split(folder, images)
     place = {path: i for i, path in enumerate(test.paths)}
     rows = [place[images.paths[i]] for i in split["test"]]
     logits, labels = test.logits[rows], test.labels[rows]
@@ -245,12 +220,12 @@ def audit_run(argv: list[str]) -> None:
         result["called_benign"] = [images.paths[split["test"][i]] for i in missed]
     figures.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
     run_folder.write_json(out / "audit.json", result)
-    run_folder.write_text(out / "report.md", run_page(result))
+    report.write_page(out, run_page(result))
     print(f"report: {out}/report.md")
 
 
-def run_page(result: dict) -> str:
-    """`report.md` of the audit of a run."""
+def run_page(result: dict) -> list[str]:
+    """The sections of report.md of the audit of a run."""
     best = max(result["probes"].items(), key=lambda item: item[1]["accuracy"]["value"])
     more = best[1]["difference"]["low"] > 0
     loud = "**SYNTHETIC DATA**\n\n" if result["synthetic"] else ""
@@ -258,7 +233,7 @@ def run_page(result: dict) -> str:
              f"{p['mcnemar']['a_only']} / {p['mcnemar']['b_only']}", f"{p['mcnemar']['p']:.2g}"]
             for name, p in result["probes"].items()]
     missed = "\n".join(f"- {path}" for path in result["called_benign"]) or "none"
-    return "\n\n".join([
+    return [
         f"# What {result['run']} learnt",
         (f"{loud}Best model, {result['n']} test images. Interventions in training: "
          f"{', '.join(result['interventions']) or 'none'}."),
@@ -281,18 +256,24 @@ def run_page(result: dict) -> str:
              for name, p in result["under_interventions"].items()]),
         "## Leukaemias called benign", missed,
         "## Calibration", f"Expected calibration error {report.show(result['ece'])}.",
-        "![reliability](reliability.png)"]) + "\n"
+        "![reliability](reliability.png)"]
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    kinds = {"data": audit_data, "run": audit_run}
-    if not argv or argv[0] not in kinds:
-        if argv and argv[0] in ("-h", "--help"):
-            print(__doc__)
-            return
-        raise InputError("audit.py data DIR, or audit.py run runs/NAME")
-    kinds[argv[0]](argv[1:])
+    parser = make_parser(__doc__)
+    kinds = parser.add_subparsers(required=True, metavar="data|run")
+    add = kinds.add_parser("data", help="audit a data set").add_argument
+    add("data", metavar="DIR")
+    add("--out", metavar="DIR", help="default runs/audit-NAME")
+    add("--image-size", type=integer(32), default=224, help="side in pixels (default 224)")
+    add("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
+    add = kinds.add_parser("run", help="audit a trained run").add_argument
+    add("run", metavar="RUN", help="run folder")
+    add("--groups", metavar="CSV", help="groups.csv of the data audit (default: found again)")
+    add("--out", metavar="DIR", help="default RUN/audit")
+    add("--device", default="auto")
+    args = parser.parse_args(argv)
+    (audit_data if "data" in args else audit_run)(args)
 
 
 if __name__ == "__main__":

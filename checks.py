@@ -1,6 +1,6 @@
 """Bad input becomes one clear line on stderr and exit code 2: the error, the flag types, the guard.
 
-Knows nothing of data, models or training; every other file may import it.
+This file imports no other file of the project, and every other file may import it.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def integer(low: int) -> Callable[[str], int]:
     return number(low, kind=int)
 
 
-quiet = False  # of a process of a torchrun job whose rank 0 says the same
+quiet = False  # True in a process of a torchrun job whose rank 0 prints the same warnings
 
 
 def warn(message: str) -> None:
@@ -54,10 +54,8 @@ def warn(message: str) -> None:
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Run a script's `main`; bad input and operating-system errors become one line, exit code 2.
-
-    Ctrl-C before there is anything to resume ends with one line too, exit code 130.
-    """
+    """Run a script's `main`. Bad input and errors of the operating system become one line and exit
+    code 2; Ctrl-C before there is anything to resume becomes one line and exit code 130."""
     try:
         main()
     except KeyboardInterrupt:

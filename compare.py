@@ -99,20 +99,15 @@ def summarise(members: list[Run]) -> dict:
             "seeds": sorted({r.seed for r in members}), **figures, **cost}
 
 
-def _cell(figure: dict | float | None) -> str:
-    return report.show_mean(figure) if isinstance(figure, dict) and "mean" in figure else \
-        report.show(figure)
-
-
 def table_rows(rows: dict[str, dict]) -> list[list]:
     out = []
     for label, row in rows.items():
-        triples = [" / ".join(_cell(row.get(f"{kind}_{key}")) for key in
+        triples = [" / ".join(report.show(row.get(f"{kind}_{key}")) for key in
                               ("precision", "recall", "f1")) for kind in ("macro", "weighted")]
         cost = [f"{row[key]:.0f}" if key in row else "–" for key in ("images_seen", "seconds")]
-        out.append([label, row.get("runs", "–"), row["n"], _cell(row["accuracy"]),
+        out.append([label, row.get("runs", "–"), row["n"], report.show(row["accuracy"]),
                     *("–" if set(t) <= set("– /") else t for t in triples),
-                    _cell(row.get("kappa")), _cell(row.get("roc_auc")), *cost])
+                    report.show(row.get("kappa")), report.show(row.get("roc_auc")), *cost])
     return out
 
 
@@ -208,25 +203,11 @@ def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> Non
             else:
                 axis.plot([accuracy["low"], accuracy["high"]], [y, y], color=color)
                 axis.plot(accuracy["value"], y, "d", color=color)
-        axis.set_yticks(range(len(rows)), [f"{label} ({_cell(row['accuracy'])})"
+        axis.set_yticks(range(len(rows)), [f"{label} ({report.show(row['accuracy'])})"
                                            for label, row in rows.items()], fontsize=7)
         axis.set_xlabel("accuracy: 95 % interval; of several runs each and their mean", fontsize=7)
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)
-
-
-def write(folder: Path, parts: list[Path], paper: bool = False) -> None:
-    """comparison.md, .png and .json of the run folders `parts`, in `folder`; printed too."""
-    groups = group(run for part in parts for run in load(part))
-    rows = {label: summarise(members) for label, members in groups.items()}
-    rows |= colour_rows(groups) | (paper_rows() if paper else {})
-    tests = paired_tests(groups)
-    text = page(rows, tests)
-    plot(rows, groups, folder / "comparison.png")
-    run_folder.write_json(folder / "comparison.json", {"rows": rows, "tests": tests})
-    run_folder.write_text(folder / "comparison.md", text + "\n\n![comparison](comparison.png)\n")
-    print(text)
-    print(f"\ntable and figure: {folder}/comparison.md, comparison.png, comparison.json")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -235,10 +216,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--paper", action="store_true", help="add the paper's Table 4")
     parser.add_argument("--out", metavar="DIR", help="default: runs/comparison, numbered if taken")
     args = parser.parse_args(argv)
-    for folder in args.runs:
-        load(Path(folder))  # all are read before anything is written
+    groups = group([run for folder in args.runs for run in load(Path(folder))])
     folder = run_folder.new_folder(args.out, "runs/comparison")
-    write(folder, [Path(r) for r in args.runs], args.paper)
+    rows = {label: summarise(members) for label, members in groups.items()}
+    rows |= colour_rows(groups) | (paper_rows() if args.paper else {})
+    tests = paired_tests(groups)
+    plot(rows, groups, folder / "comparison.png")
+    run_folder.write_json(folder / "comparison.json", {"rows": rows, "tests": tests})
+    text = page(rows, tests)
+    run_folder.write_text(folder / "comparison.md", text + "\n\n![comparison](comparison.png)\n")
+    print(f"{text}\n\ntable and figure: {folder}/comparison.md, comparison.png, comparison.json")
 
 
 if __name__ == "__main__":

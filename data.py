@@ -32,7 +32,7 @@ SAMPLERS = ("shuffle", "balanced", "dual")
 EVAL_BATCH = 64  # memory only: float32 evaluation does not depend on it
 
 
-@dataclass(eq=False)  # one set is itself alone: hashable, so that what is made of it can be kept
+@dataclass(eq=False)  # compared by identity, so that lru_cache can hold features computed from it
 class Images:
     """A decoded data set. pixels: uint8 [N, 3, H, W], stored channels last; labels: int64 [N]."""
     pixels: Tensor
@@ -42,9 +42,17 @@ class Images:
     digests: list[str]  # sha256 of each image's decoded RGB pixels and size, before resizing
     name: str
     root: Path | None = None  # the folder that the paths are relative to
-    ignored: int = 0  # hidden and non-image files passed over
+    ignored: int = 0  # number of hidden and non-image files that were passed over
     bad: list[tuple[str, str]] = field(default_factory=list)  # (path, reason), with --skip-bad
     found: Counter = field(default_factory=Counter)  # (width, height, mode) as found on disk
+
+    def array(self) -> np.ndarray:
+        """The pixels as uint8 [N, H, W, 3] on the CPU."""
+        return self.pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+    def class_counts(self, indices: np.ndarray) -> list[int]:
+        """How many of these images each class has."""
+        return np.bincount(self.labels.numpy()[indices], minlength=len(self.classes)).tolist()
 
     def fingerprint(self) -> str:
         """sha256 over class list, paths, labels and pixel digests: equal for equal data only."""
@@ -79,12 +87,10 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_folder(root: str, size: int, skip_bad: bool = False,
                 classes: list[str] | None = None) -> Images:
-    """Decode every image under `root` once, in parallel. Pixels are resized to size × size.
-
-    classes: the fixed list of a federation, of which a site may lack some; default: those found.
-    Raises InputError for a missing, empty or one-class folder and, naming all of them at once, for
-    unreadable images; with `skip_bad` those are left out and listed in `bad`.
-    """
+    """Decode every image under `root` once, in parallel, and resize it to size × size.
+    classes: the class list of a federation, of which a hospital may lack some; by default the
+    classes that are found. Raises InputError for a missing, empty or one-class folder, and for
+    unreadable images, naming all of them; with `skip_bad` they are left out and listed in `bad`."""
     folders = find_class_folders(Path(root), classes)
     names = list(classes or folders)
     base = next(iter(folders.values())).parent
@@ -119,10 +125,8 @@ def read_folder(root: str, size: int, skip_bad: bool = False,
 
 
 def load(args: argparse.Namespace) -> Images:
-    """The data set that the flags name: --data DIR, or the synthetic smears; after interventions.
-
-    Digests, and so the fingerprint, are those of the images before them.
-    """
+    """The data set that the flags name, --data DIR or the drawn smears, after --remove.
+    The digests, and so the fingerprint, are those of the images before --remove."""
     images = _read(args)
     images.pixels = interventions.apply(images.pixels, interventions.chosen(args))
     return images
@@ -186,7 +190,7 @@ def _groups(args: argparse.Namespace, images: Images) -> list[str]:
 
 
 def _check_parts(args: argparse.Namespace, images: Images, several: list[splits.Split]) -> None:
-    """Every class must be in every training part; identical images across parts are told."""
+    """Raise InputError where a training part lacks a class; print how many images have a twin."""
     labels, twins, sizes = images.labels.numpy(), Counter(), Counter()
     for split in several:
         absent = set(labels.tolist()) - set(labels[split["train"]].tolist())
@@ -217,8 +221,7 @@ def epoch_order(labels: Tensor, sampler: str, expand: int, generator: torch.Gene
 
     shuffle: every image `expand` times. balanced: drawn with replacement, classes equally likely.
     dual: the first half of each batch from the shuffled order, the second half drawn balanced (our
-    reading of the paper's "dual-input generator", section III).
-    """
+    reading of the paper's "dual-input generator", section III)."""
     n = len(labels)
     order = torch.randperm(n * expand, generator=generator) % n
     if sampler != "shuffle":
@@ -232,14 +235,14 @@ def epoch_order(labels: Tensor, sampler: str, expand: int, generator: torch.Gene
 
 
 def batch_slices(order: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Consecutive batches; a last batch of one is dropped: BatchNorm has no variance of it."""
+    """Consecutive batches. A last batch of one image is dropped: BatchNorm cannot use it."""
     for batch in order.split(batch_size):
         if len(batch) > 1 or batch_size == 1 or len(order) == 1:
             yield batch
 
 
 def gather(images: Images, indices: Tensor, device: torch.device) -> Tensor:
-    """Float images [n, 3, H, W] in 0..1 on `device`; a copy, the source is not changed."""
+    """Copies of the images as float [n, 3, H, W] in 0..1 on `device`."""
     stored = images.pixels.permute(0, 2, 3, 1)  # contiguous rows: one copy per image
     rows = stored[indices.to(stored.device)].permute(0, 3, 1, 2)
     return rows.to(device, non_blocking=True).float().div_(255)
@@ -254,7 +257,8 @@ def normalise(batch: Tensor) -> Tensor:
 
 def train_batch(images: Images, indices: Tensor, ranges: Augmentation | None,
                 generator: torch.Generator, device: torch.device) -> Tensor:
-    """Gathered, augmented and normalised batch. Validation and test never come through here."""
+    """A gathered, augmented and normalised batch, for training only: validation and test images
+    never come through here."""
     batch = gather(images, indices, device)
     if ranges is not None:
         batch = augment(batch, draw_parameters(len(batch), ranges, generator))
@@ -262,7 +266,7 @@ def train_batch(images: Images, indices: Tensor, ranges: Augmentation | None,
 
 
 def eval_batch(images: Images, indices: Tensor, device: torch.device) -> Tensor:
-    """Gathered and normalised batch, nothing random."""
+    """A gathered and normalised batch. Nothing in it is random."""
     return normalise(gather(images, indices, device))
 
 
@@ -278,14 +282,13 @@ def describe(args: argparse.Namespace, images: Images) -> None:
         print(f"  unreadable: {path} ({reason})")
     split = make_split(args, images)
     clients = make_clients(args, images, split)
-    labels = images.labels.numpy()
-    parts = {"all": np.arange(len(labels)), **split}
+    parts = {"all": np.arange(len(images.paths)), **split}
     parts |= {f"client {k}": part for k, part in enumerate(clients)}
     width = max(map(len, images.classes)) + 2
     print(f"{'part':<12}{'images':>8}" + "".join(f"{c:>{width}}" for c in images.classes))
     for name, part in parts.items():
-        counts = np.bincount(labels[part], minlength=len(images.classes))
-        print(f"{name:<12}{len(part):>8}" + "".join(f"{c:>{width}}" for c in counts))
+        print(f"{name:<12}{len(part):>8}"
+              + "".join(f"{c:>{width}}" for c in images.class_counts(part)))
 
 
 def contact_sheet(images: Images, path: Path, columns: int = 8) -> None:

@@ -11,7 +11,8 @@ the weights, by its share of the scale-bar corner and of the background. All in 
 import argparse
 import copy
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,15 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rectangle", type=number(0, 1), nargs=4, default=interventions.CORNER,
         metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help="in shares of the side; default: the "
         "lower right corner, where the scale bar is burnt in")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, ... (default auto)")
-    add("--client", type=integer(0), help="whose BatchNorm, of a --bn local run")
 
 
 # ---- which images -------------------------------------------------------------------------------
 
 def choose(test: run_folder.Predictions, per_class: int) -> dict[str, str]:
-    """Path → why: of each class `per_class` test images evenly spaced in path order, and errors."""
+    """Path → reason: of each class `per_class` test images, evenly spaced by path; all errors."""
     chosen = {}
     for c in range(len(test.classes)):
         members = np.flatnonzero(test.labels == c)
@@ -83,12 +81,10 @@ def choose(test: run_folder.Predictions, per_class: int) -> dict[str, str]:
 
 def of_the_run(folder: Path, trained: inference.Trained, per_class: int) -> list[Subject]:
     """Test images of the run. Refuses data that changed; warns where predictions.csv differs."""
-    run, test = run_folder.read_run(folder), run_folder.read_predictions(folder)
-    images = data.load(argparse.Namespace(**run["arguments"]))
-    run_folder.check_images(folder, images)
+    test, (_, images) = run_folder.read_predictions(folder), run_folder.load_images(folder)
     chosen, place = choose(test, per_class), {path: i for i, path in enumerate(images.paths)}
     pixels = images.pixels[[place[path] for path in chosen]]
-    p = inference.probabilities(trained, pixels).numpy()
+    p = inference.probabilities(trained, pixels)
     written = np.exp(test.logits[[test.paths.index(path) for path in chosen]])
     if np.abs(p - written).max() > TOLERANCE:
         warn(f"WARNING: probabilities differ by {np.abs(p - written).max():.2g} from "
@@ -105,7 +101,7 @@ def given(files: list[str], trained: inference.Trained) -> list[Subject]:
             raise InputError(f"--images {name}: {decoded}")
         pixels = torch.from_numpy(decoded[0].copy()).permute(2, 0, 1)
         pixels = interventions.apply(pixels[None], trained.interventions)[0]
-        p = inference.probabilities(trained, pixels[None])[0].numpy()
+        p = inference.probabilities(trained, pixels[None])[0]
         subjects.append(Subject(name, pixels, None, p, "given"))
     return subjects
 
@@ -126,7 +122,7 @@ def gradient_maps(model: torch.nn.Module, subject: Subject, target: int,
 
 def explain(trained: inference.Trained, subject: Subject, args: argparse.Namespace,
             classify: attribution.Classify) -> dict:
-    """maps: (method, class) → [H, W]; superpixels; LIME weights per seed and class."""
+    """The maps by (method, class), [H, W]; the superpixels; LIME's weights by seed and class."""
     lime = [attribution.lime(classify, subject.pixels, subject.targets(), args.samples, seed)
             for seed in range(args.lime_seeds)]
     segments = lime[0][0]
@@ -140,7 +136,7 @@ def explain(trained: inference.Trained, subject: Subject, args: argparse.Namespa
 
 def check(subject: Subject, found: dict, args: argparse.Namespace,
           classify: attribution.Classify, seed: int) -> dict[str, dict]:
-    """Per method: deletion and random area, shares of corner and background (predicted class)."""
+    """For each method, on the predicted class: deletion and random area, shares of the regions."""
     target = subject.targets()[0]
     shape = tuple(subject.pixels.shape[1:])
     corner, bright = faithfulness.rectangle(shape, args.rectangle), interventions.background(
@@ -164,8 +160,7 @@ def randomise(trained: inference.Trained, subjects: list[Subject], founds: list[
     the last stage alone."""
     fresh = models.build(trained.name, len(trained.classes), seed=1).state_dict()
     model = copy.deepcopy(trained.model)
-    other = inference.Trained(model, trained.name, trained.classes, trained.image_size,
-                              trained.device)
+    classify = partial(inference.probabilities, replace(trained, model=model))
     out = {method: [] for method in METHODS}
     for share in STAGES:
         model.load_state_dict(faithfulness.randomised(trained.model, fresh, share))
@@ -174,7 +169,7 @@ def randomise(trained: inference.Trained, subjects: list[Subject], founds: list[
             target = subject.targets()[0]
             maps = gradient_maps(model, subject, target, args)
             if share == 1:
-                segments, weights = attribution.lime(classifier(other), subject.pixels,
+                segments, weights = attribution.lime(classify, subject.pixels,
                                                      [target], args.samples, 0)
                 maps["lime"] = weights[target][segments]
             for method, values in maps.items():
@@ -184,11 +179,6 @@ def randomise(trained: inference.Trained, subjects: list[Subject], founds: list[
             out[method].append(rows[method])
         bar.update()
     return out
-
-
-def classifier(trained: inference.Trained) -> attribution.Classify:
-    """Probabilities as a function of pixels."""
-    return lambda pixels: inference.probabilities(trained, pixels).numpy()
 
 
 # ---- verdicts -----------------------------------------------------------------------------------
@@ -262,8 +252,8 @@ def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject]) 
     table = verdict_table(found)
     listed = "\n".join(f"- {s.path} ({s.chosen})" for s in subjects)
     drawn = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(out.glob("*.png")))
-    run_folder.write_text(out / "report.md", f"# Explanations of {folder.name}\n\n{table}\n\n"
-                          f"## Images\n\n{listed}\n\n## Figures\n\n{drawn}\n")
+    report.write_page(out, [f"# Explanations of {folder.name}", table, "## Images", listed,
+                            "## Figures", drawn])
     run_folder.write_json(out / "explanations.json", found)
     page = folder / "report.md"
     if page.exists():
@@ -275,6 +265,7 @@ def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject]) 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_arguments(parser)
+    inference.add_arguments(parser)
     args = parser.parse_args(argv)
     folder = Path(args.run)
     if not (args.rectangle[0] < args.rectangle[2] and args.rectangle[1] < args.rectangle[3]):
@@ -286,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     subjects = given(args.images, trained) if args.images else \
         of_the_run(folder, trained, args.per_class)
     founds, checks = [], []
-    classify = classifier(trained)
+    classify = partial(inference.probabilities, trained)
     with tqdm(total=len(subjects) + len(STAGES), desc="explaining", disable=None) as bar:
         for i, s in enumerate(subjects):
             founds.append(explain(trained, s, args, classify))

@@ -94,8 +94,7 @@ class WeightedAverage:
         self.sums, self.dtypes, self.num_examples = {}, {}, 0
 
     def add(self, state: State, num_examples: int) -> None:
-        """Add n_k θ_k. Raises ValueError where n_k is no whole number of at least 1, or where
-        entries or shapes differ from those of the first client."""
+        """Add n_k θ_k. ValueError where n_k is no whole number ≥ 1, or entries or shapes differ."""
         if num_examples < 1 or num_examples != int(num_examples):
             raise ValueError(f"weight {num_examples} is not a number of images")
         if self.sums and {k: v.shape for k, v in state.items()} != {

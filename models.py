@@ -50,7 +50,7 @@ def build(name: str, num_classes: int, weights: str = "none", seed: int = 0,
     The head is one linear layer, Xavier-uniform with zero bias (section 3.3). Everything random
     comes from `seed`; the global random state is left as it was. weights: "none", "imagenet"
     (torchvision's IMAGENET1K_V1, downloaded once to torch's hub cache) or the path of a state dict
-    or of a `model.pt`; a head in it that does not fit `classes` is dropped, and said so.
+    or of a `model.pt`; a head in it that does not fit `classes` is dropped with one printed line.
     """
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise InputError(f"unknown model {name!r}; torchvision has resnet50, vgg16, "
@@ -148,7 +148,8 @@ def pack(state: State) -> list[Tensor]:
 
 
 def unpack(flat: list[Tensor], like: State) -> State:
-    """What `pack` packed, in the memory layout of `like`, without which files would differ."""
+    """The state that `pack` packed, in the memory layout of `like`: torch.save writes the layout
+    too, so with another one equal values would give different files."""
     rest, state = {tensor.dtype: tensor for tensor in flat}, {}
     for key, value in like.items():
         part, rest[value.dtype] = rest[value.dtype].tensor_split([value.numel()])
@@ -167,17 +168,15 @@ def batchnorm_keys(model: nn.Module) -> list[str]:
 
 
 def moment_keys(model: nn.Module) -> list[str]:
-    """Those of them that are running statistics."""
+    """State entries that are running means and variances of BatchNorm layers."""
     return [k for k in batchnorm_keys(model) if k.rpartition(".")[2] in ("running_mean",
                                                                          "running_var")]
 
 
 def freeze(model: nn.Module, train_from: str | None = None, batchnorm: bool = False) -> None:
     """Switch off gradients of all parameters before module `train_from`, and of BatchNorm if asked.
-
-    Changes `model` in place. Frozen BatchNorm layers also need `train_mode`: without a gradient
-    their running statistics would still move.
-    """
+    Changes `model` in place. Frozen BatchNorm layers also need `train_mode`: their running
+    statistics would move even without a gradient."""
     if train_from is not None:
         names = [name for name, _ in model.named_parameters()]
         first = next((i for i, name in enumerate(names) if name.startswith(train_from + ".")), None)
@@ -202,7 +201,7 @@ def train_mode(model: nn.Module) -> None:
 
 
 def needs_batch(model: nn.Module) -> bool:
-    """Whether a BatchNorm layer will use batch statistics, for which one image is not enough."""
+    """Whether a BatchNorm layer will use the statistics of a batch, which one image cannot give."""
     return any(isinstance(m, BATCHNORM) and any(p.requires_grad for p in m.parameters())
                for m in model.modules())
 
@@ -233,11 +232,9 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
 
 @torch.no_grad()
 def batchnorm_moments(model: nn.Module, state: State, batches: Iterable[Tensor]) -> State:
-    """Mean and mean square of what each BatchNorm layer sees under `state`, float64.
-
-    `batches`: a client's own training images, unaugmented. They stand under the keys of
-    running_mean and running_var, cumulative over batches. `model` is working memory.
-    """
+    """Mean and mean square of the input of each BatchNorm layer under `state`, float64.
+    They stand under the keys of running_mean and running_var, averaged over the batches. batches: a
+    client's own training images, unaugmented. `model` is working memory."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, BATCHNORM)}
     momenta = {name: layer.momentum for name, layer in layers.items()}
     model.load_state_dict(state)
@@ -257,8 +254,8 @@ def batchnorm_moments(model: nn.Module, state: State, batches: Iterable[Tensor])
 
 
 def pooled_batchnorm(state: State, moments: State) -> State:
-    """The BatchNorm entries to replace in `state`: μ = Σ w_k μ_k, σ² = Σ w_k (σ_k² + μ_k²) - μ²,
-    where `moments` are the weighted means over clients of `batchnorm_moments`."""
+    """The running statistics to replace in `state`: μ = Σ w_k μ_k, σ² = Σ w_k (σ_k² + μ_k²) - μ².
+    moments: the weighted average over clients of `batchnorm_moments`."""
     pooled = {}
     for key, mean in moments.items():
         if key.endswith("running_mean"):
@@ -279,21 +276,10 @@ def check_size(model: nn.Module, size: int) -> None:
                          f"{reason}") from None
 
 
-def bundle(model: nn.Module, state: State, name: str, classes: list[str], **more) -> dict:
-    """The content of `model.pt`: loads with weights_only=True and suffices to use the model.
-
-    `more` holds what the pixels need: image_size, mean, std.
-    """
-    head = head_name(model)
-    return {"state": {key: value.cpu() for key, value in state.items()}, "model": name,
-            "classes": list(classes), "head": [f"{head}.weight", f"{head}.bias"], **more}
-
-
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Fill a file by `write` so that a kill at any moment leaves the old or the new one, whole.
-
-    Written beside, flushed to disk, renamed; an error (disk full) leaves the old one and raises.
-    """
+    """Fill a file by `write` so that a kill at any moment leaves the old or the new file, whole.
+    The new file is written beside the old one, flushed to disk, and renamed. An error such as a
+    full disk leaves the old file and is raised."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -312,8 +298,8 @@ def save(content: dict, path: Path) -> None:
 
 
 def _interned(content: object) -> object:
-    """Equal keys as one object: pickle writes a repeated object shorter, so that the bytes would
-    tell which process, or resumption, a key came from."""
+    """The content with equal keys as one object. Pickle writes an object that it has seen before in
+    a shorter way, so that otherwise the bytes would depend on where a key came from."""
     if not isinstance(content, dict):
         return content
     return {sys.intern(key) if isinstance(key, str) else key: _interned(value)

@@ -10,6 +10,7 @@ Exit code 1 where an image could not be read; the others are done.
 import json
 import sys
 import time
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from tqdm import tqdm
 
+import data
 import models
-from checks import InputError, guard, integer, make_parser, warn
+from checks import InputError, guard, make_parser, warn
 from dataset import interventions
 from dataset.files import CLASS_NAMES, decode_all, find_files
 from reporting import inference, metrics, report, run_folder
@@ -36,13 +38,10 @@ def add_arguments(parser) -> None:
     add("--calibrate", action="store_true", help="temperature scaling, fitted on the run's "
         "validation part and stored with the run")
     add("--map", metavar="JSON", help="folder name → class of the run, or Malignant and Benign")
-    add("--device", default="auto", help="auto, cpu, cuda, ... (default auto)")
-    add("--client", type=integer(0), help="whose BatchNorm, of a --bn local run")
 
 
 def find(paths: list[str]) -> list[tuple[Path, Path | None]]:
-    """(file, the folder given that it lies in) of every image, in order; files as they are given.
-
+    """Every image with the given folder that it lies in (None for a file), in the order given.
     Raises InputError for a path that is not there, and where there is no image at all."""
     found = []
     for name in paths:
@@ -80,7 +79,7 @@ def read_map(path: str | None, classes: list[str]) -> dict[str, str]:
 
 
 def label_of(file: Path, root: Path | None, names: dict[str, str]) -> str:
-    """The class that the nearest folder names, up to and with the folder given; "" for none."""
+    """The class named by the nearest folder above the file, up to the given one; "" for none."""
     if root is None:
         return ""
     parts = [root.resolve().name, *file.relative_to(root).parent.parts]
@@ -112,14 +111,12 @@ def temperature(folder: Path) -> float:
 def predict(trained: inference.Trained, files: list[Path],
             t: float) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """(logits [n, C], NaN where unreadable; seconds per image in the network; what was unreadable)
-
-    Decoding runs in threads, a chunk at a time, so that memory does not grow with the number.
-    """
+    Decoding runs in threads, a chunk at a time, so that memory does not grow with the number."""
     out = np.full((len(files), len(trained.classes)), np.nan)
     seconds, bad = np.full(len(files), np.nan), {}
     with tqdm(total=len(files), desc="predicting", unit="image", disable=None) as bar:
-        for start in range(0, len(files), inference.BATCH):
-            chunk = files[start:start + inference.BATCH]
+        for start in range(0, len(files), data.EVAL_BATCH):
+            chunk = files[start:start + data.EVAL_BATCH]
             decoded = dict(enumerate(decode_all(chunk, trained.image_size), start))
             bad |= {i: x for i, x in decoded.items() if isinstance(x, str)}
             if good := [i for i in decoded if i not in bad]:
@@ -160,15 +157,14 @@ def write_csv(path: Path, files: list[Path], labels: list[str], logits: np.ndarr
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_arguments(parser)
+    inference.add_arguments(parser)
     args = parser.parse_args(argv)
     folder = Path(args.run)
     trained = inference.load(folder, models.pick_device(args.device), args.client)
     names, found = read_map(args.map, trained.classes), find(args.paths)
     files, labels = [f for f, _ in found], [label_of(f, root, names) for f, root in found]
-    out, number = Path(args.out or folder / "predicted.csv"), 1
-    while args.out is None and out.exists():
-        number += 1
-        out = folder / f"predicted-{number}.csv"
+    names = chain(["predicted.csv"], (f"predicted-{n}.csv" for n in count(2)))
+    out = Path(args.out or next(folder / x for x in names if not (folder / x).exists()))
     if out.exists():
         raise InputError(f"--out {out}: exists already")
     t = temperature(folder) if args.calibrate else 1.0

@@ -85,15 +85,12 @@ def like_clients(args: argparse.Namespace, folder: Path, images: data.Images,
     """The clients of the run to be like. A new run must have its images and its very split; one
     that is resumed knows both itself."""
     if args.resume is not None and (Path(args.resume) / "split.csv").exists():
-        folder = Path(args.resume)
-    rows = run_folder.read_split(folder)
+        return run_folder.read_split(Path(args.resume), images)[1]
     run_folder.check_images(folder, images)
-    parts = run_folder.part_names(split, len(images.paths))
-    there = [(row["path"], row["split"]) for row in rows]
-    if args.resume is None and there != list(zip(images.paths, parts, strict=True)):
+    there, clients = run_folder.read_split(folder, images)
+    if any(not np.array_equal(there[part], split[part]) for part in split):
         raise InputError(f"--like {folder}: the flags here do not give its split")
-    owners = np.array([int(row["client"] or -1) for row in rows])
-    return [np.flatnonzero(owners == k) for k in range(owners.max() + 1)]
+    return clients
 
 
 def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experiment,
@@ -102,14 +99,12 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
 
     Goes on from the folder's checkpoint where there is one; a complete run is left as it is. Draws
     what client `client_id` draws in round 1, so that one round of one client is the same run.
-    Raises FloatingPointError where the weights stop being finite.
-    """
+    Raises FloatingPointError where the weights stop being finite."""
     if (folder / "results.json").exists():
         return
     model, images = run.model, run.images
     measured = evaluation.Evaluation(model, images, split)
-    counts = experiment.class_counts(images, split["train"])
-    recipe = experiment.weighted(run.recipe, args, counts, run.device)
+    recipe = experiment.weighted(args, run, images.class_counts(split["train"]))
     trainer = fedavg.make_optimizer(model, recipe)
     checkpoint = run_folder.start_or_resume(folder, images, split, [], make_checkpoint(
         0, models.moved(start, "cpu"), [], trainer))
@@ -138,14 +133,14 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
         seen = len(split["val"]) and epoch % args.period == 0
         tally = measured.tally("val", state) if seen else [0, 0, 0.0]
         history.append(make_record(epoch, lr, record, tally, seconds))
-        print_epoch(history[-1], args.epochs)
+        report.print_epoch(history[-1], args.epochs)
         checkpoint = make_checkpoint(epoch, state, history, trainer)
         evaluation.save_progress(folder, args, model, images.classes, checkpoint)
     report.print_summary(folder, evaluation.finish(folder, args, measured, checkpoint))
 
 
 def make_checkpoint(epoch: int, state: models.State, history: list[dict], trainer: tuple) -> dict:
-    """All that resuming needs; the optimiser and the scaler live on from epoch to epoch."""
+    """Everything that resuming needs; optimiser and scaler are kept from epoch to epoch."""
     optimizer, scaler = (part.state_dict() for part in trainer)
     return {"epoch": epoch, "state": state, "history": history, "local_bn": {},
             "optimizer": optimizer, "scaler": scaler}
@@ -154,16 +149,9 @@ def make_checkpoint(epoch: int, state: models.State, history: list[dict], traine
 def make_record(epoch: int, lr: float, record: dict, tally: list, seconds: float) -> dict:
     """One line of history.jsonl; without a validation its figures are null."""
     return {"epoch": epoch, "lr": lr, **evaluation.validation(tally), "train_loss": record["loss"],
-            "train_accuracy": record["accuracy"], "images": record["images"],
-            "steps": record["steps"], "skipped_steps": record["skipped_steps"],
+            "train_accuracy": record["accuracy"],
+            **{key: record[key] for key in ("images", "steps", "skipped_steps")},
             "seconds": seconds, "images_per_second": record["images"] / seconds}
-
-
-def print_epoch(record: dict, epochs: int) -> None:
-    val = "" if record["val_loss"] is None else (
-        f"val loss {record['val_loss']:.4f}, val accuracy {record['val_accuracy']:.4f}, ")
-    print(f"epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.4f}, {val}"
-          f"lr {record['lr']:g}, {record['images_per_second']:.1f} images/s", flush=True)
 
 
 def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experiment,

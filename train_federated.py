@@ -57,16 +57,14 @@ def defaults(args: argparse.Namespace) -> dict:
 def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
           run: experiment.Experiment) -> None:
     """The round loop of Algorithm 1, from the last checkpoint on, then the test part.
-
     Every process of a job runs these lines with the same values; one without a folder writes
-    nothing. Raises FloatingPointError where no update of a round is finite.
-    """
+    nothing. Raises FloatingPointError where no update of a round is finite."""
     checkpoint = experiment.start(args, job, folder, run)
     state, local_bn, history = (checkpoint[key] for key in ("state", "local_bn", "history"))
     model, images, clients, (split,) = run.model, run.images, run.clients, run.several.values()
     parts = {name: job.part(indices) for name, indices in split.items()}
-    counts = job.total("counts", experiment.class_counts(images, parts["train"]))
-    first_recipe = experiment.weighted(run.recipe, args, counts, run.device)
+    counts = job.total("counts", images.class_counts(parts["train"]))
+    first_recipe = experiment.weighted(args, run, counts)
     bn_keys = models.batchnorm_keys(model) if args.bn == "local" else []
     measured = evaluation.Evaluation(model, images, parts, shares=deal_shares(
         args, images, parts, clients))
@@ -89,8 +87,8 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
                 entries = fedavg.accept(update, records, local_bn, bn_keys)
                 if entries is not None:  # None: not finite, left out
                     average.add(entries, update.num_examples)  # n_k θ_k joins the sum
-        state = state | average.result()  # θ ← Σ n_k θ_k / Σ n_k
-        state, local_bn, records = job.share_round(state, local_bn, records)
+        state = state | average.result()  # θ ← Σ n_k θ_k / Σ n_k, over the clients of this round
+        state, local_bn, records = job.share_round(state, local_bn, records)  # every process knows
         kept = fedavg.kept(records)  # raises where no update was finite
         if args.bn == "recalibrate":
             state = recalibrate(job, model, state, images, clients, kept)

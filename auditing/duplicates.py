@@ -5,6 +5,7 @@ peak is about the share of the field that two pictures have in common, wherever 
 a threshold are then registered at full size, and kept where what overlaps correlates.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,32 +77,26 @@ def candidates(pixels: Tensor, progress: bool = True) -> list[tuple[int, int, fl
 
 def register(a: np.ndarray, b: np.ndarray) -> tuple[tuple[int, int], float, float]:
     """(shift, overlap, correlation) of two grey pictures [h, W] at full size.
-
     The shift is that of `skimage.registration.phase_cross_correlation`, taken in either sense of
-    the wrapped axes; overlap is the share of the field in common, correlation Pearson's r there.
-    """
+    the wrapped axes; overlap is the share of the field in common, correlation Pearson's r there."""
     shift, _, _ = phase_cross_correlation(a, b)
     best = ((0, 0), 0.0, -1.0)
-    for rows in {int(shift[0]), int(shift[0] - np.sign(shift[0]) * a.shape[0])}:
-        for columns in {int(shift[1]), int(shift[1] - np.sign(shift[1]) * a.shape[1])}:
-            one = a[max(rows, 0):a.shape[0] + min(rows, 0),
-                    max(columns, 0):a.shape[1] + min(columns, 0)]
-            two = b[max(-rows, 0):b.shape[0] + min(-rows, 0),
-                    max(-columns, 0):b.shape[1] + min(-columns, 0)]
-            overlap = one.size / a.size
-            if overlap < OVERLAP or one.std() == 0 or two.std() == 0:
-                continue
-            r = float(np.corrcoef(one.ravel(), two.ravel())[0, 1])
-            if r > best[2]:
-                best = ((rows, columns), overlap, r)
+    either = [{int(s), int(s - np.sign(s) * n)} for s, n in zip(shift, a.shape, strict=True)]
+    for rows, columns in itertools.product(*either):
+        one, two = (x[max(r, 0):x.shape[0] + min(r, 0), max(c, 0):x.shape[1] + min(c, 0)]
+                    for x, r, c in ((a, rows, columns), (b, -rows, -columns)))
+        overlap = one.size / a.size
+        if overlap < OVERLAP or one.std() == 0 or two.std() == 0:
+            continue
+        r = float(np.corrcoef(one.ravel(), two.ravel())[0, 1])
+        if r > best[2]:
+            best = ((rows, columns), overlap, r)
     return best
 
 
 def near_duplicates(pixels: Tensor, progress: bool = True) -> list[Pair]:
     """All pairs i < j of uint8 [n, 3, H, W] that show, for OVERLAP of the field or more, the same.
-
-    Rotated, mirrored or rescaled copies are not looked for.
-    """
+    Rotated, mirrored or rescaled copies are not looked for."""
     pairs = []
     for i, j, peak in candidates(pixels, progress):
         a, b = grey(pixels[[i, j]]).numpy()

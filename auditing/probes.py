@@ -1,4 +1,4 @@
-"""Shortcut probes: what parts of a file that hold no cell, or no shape of one, give away.
+"""Shortcut probes: what those parts of a file give away that show no cell, or not its shape.
 
 Each probe is a table of numbers per image; the classifier is that of `baselines`. A network that
 does not beat the best of them has not shown that it reads cells.
@@ -25,19 +25,17 @@ def masked_statistics(pixels: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 def background(images: Images) -> np.ndarray:
     """Colour of the brightest quarter of each image: the glass between the cells."""
-    pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
     masks = np.stack([interventions.background(image.cpu()) for image in images.pixels])
-    return masked_statistics(pixels, masks)
+    return masked_statistics(images.array(), masks)
 
 
 def frame(images: Images) -> np.ndarray:
     """Colour of a border frame alone."""
-    pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
-    size = pixels.shape[1]
+    n, _, size, _ = images.pixels.shape
     width = max(1, round(FRAME * size))
     mask = np.ones((size, size), dtype=bool)
     mask[width:-width, width:-width] = False
-    return masked_statistics(pixels, np.broadcast_to(mask, (len(pixels), size, size)))
+    return masked_statistics(images.array(), np.broadcast_to(mask, (n, size, size)))
 
 
 def corner(images: Images) -> np.ndarray:
@@ -66,9 +64,8 @@ def header(images: Images) -> np.ndarray:
 
 def features(images: Images) -> dict[str, np.ndarray]:
     """Probe name → float [n, d], NaN-free. The header needs files on disk."""
-    pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
-    found = {"colour means": colour_statistics(pixels, "means"),
-             "colour statistics": colour_statistics(pixels, "statistics"),
+    found = {"colour means": colour_statistics(images.array(), "means"),
+             "colour statistics": colour_statistics(images.array(), "statistics"),
              "background only": background(images), "scale-bar corner only": corner(images),
              "border frame only": frame(images)}
     if images.root is not None:

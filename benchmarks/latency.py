@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     for block in range(min(args.repeats, 3) + 1):
         spent = [seconds(work, device) for work in (
             lambda: inference.probabilities(exact, many),
-            lambda: attribution.lime(lambda x: inference.probabilities(exact, x).numpy(),
+            lambda: attribution.lime(lambda x: inference.probabilities(exact, x),
                                      pixels[0], [0], args.samples, 0))]
         if block:
             forward.append(spent[0])

@@ -56,10 +56,8 @@ def augment(images: Tensor, p: dict[str, Tensor]) -> Tensor:
 
 def warp(images: Tensor, angle: Tensor, flip: Tensor, shift_x: Tensor, shift_y: Tensor) -> Tensor:
     """Flip (0 or 1), then turn by `angle` degrees clockwise, then shift by a share of the sides.
-
     All [n]. torchvision: affine(hflip(x), angle, [shift_x·W, shift_y·H], 1, [0, 0], BILINEAR),
-    which without flip and shift is rotate(x, -angle, BILINEAR).
-    """
+    which without flip and shift is rotate(x, -angle, BILINEAR)."""
     n, _, height, width = images.shape
     radians = angle * (math.pi / 180)
     cos, sin = radians.cos(), radians.sin()

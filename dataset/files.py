@@ -20,11 +20,9 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", "
 
 
 def find_class_folders(root: Path, classes: list[str] | None = None) -> dict[str, Path]:
-    """Class name → folder, sorted. Steps into `Original` and single wrapping folders.
-
-    classes: the names of a federation; one site may lack some of them, and may hold no other.
-    Raises InputError for no folder, no class folder, one class only, or an unknown class.
-    """
+    """Class name → folder, sorted. Steps into a folder `Original` and into single wrapping folders.
+    classes: the class list of a federation; a hospital may lack some of them, and has no other.
+    Raises InputError for no folder, no class folder, one class only, or an unknown class."""
     if not root.is_dir():
         raise InputError(f"--data {root}: no such folder")
     while True:
@@ -56,14 +54,12 @@ def class_name(folder: Path) -> str:
     return CLASS_NAMES.get(folder.name.lower(), folder.name)
 
 
-def _walk_error(error: OSError) -> None:
-    raise error
-
-
 def find_files(folder: Path) -> tuple[list[Path], int]:
     """Image files under `folder` in ImageFolder's order, and the number of files passed over."""
+    def stop(error: OSError) -> None:
+        raise error
     files, ignored = [], 0
-    for top, folders, names in sorted(os.walk(folder, onerror=_walk_error, followlinks=True)):
+    for top, _, names in sorted(os.walk(folder, onerror=stop, followlinks=True)):
         if any(part.startswith(".") for part in Path(top).relative_to(folder).parts):
             ignored += len(names)
             continue
@@ -76,7 +72,8 @@ def find_files(folder: Path) -> tuple[list[Path], int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB: upright (EXIF), 16-bit scaled, alpha laid over white."""
+    """Any PIL image as 8-bit RGB: turned upright by its EXIF block, 16 bits scaled to 8, and
+    transparent parts laid over white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
@@ -101,8 +98,8 @@ def decode(path: Path, size: int) -> tuple[np.ndarray, str, tuple]:
 
 
 def decode_all(files: list[Path], size: int) -> Iterator[tuple | str]:
-    """What `decode` makes of each file, in order, decoded in parallel; for a file that cannot be
-    read the reason, in words."""
+    """What `decode` makes of each file, in the order of the files, decoded in parallel. For a file
+    that cannot be read it is the reason, in words."""
     def work(path: Path) -> tuple | str:
         try:
             return decode(path, size)

@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
-    """Those that the flags ask for, in the order of application."""
+    """The interventions that the flags ask for, in the order of application."""
     return [name for name in INTERVENTIONS if name in args.remove]
 
 
 def modern(names: Iterable[str]) -> list[str]:
-    """Interventions that a run recorded, under today's names; InputError for an unknown one."""
+    """The interventions that a run recorded, under today's names. InputError for an unknown one."""
     names = [RENAMED.get(name, name) for name in names]
     if unknown := sorted(set(names) - set(INTERVENTIONS)):
         raise InputError(f"the run was trained with an intervention unknown here: {unknown[0]}")
@@ -51,7 +51,7 @@ def apply(pixels: Tensor, names: Iterable[str]) -> Tensor:
 
 
 def mask_corner(image: Tensor) -> Tensor:
-    """The corner in one colour: the median of the brighter half of what surrounds it."""
+    """The image with its corner in one colour: the median of the brighter half of what is near."""
     _, height, width = image.shape
     left, top = round(CORNER[0] * width), round(CORNER[1] * height)
     right, bottom = round(CORNER[2] * width), round(CORNER[3] * height)
@@ -68,7 +68,7 @@ def mask_corner(image: Tensor) -> Tensor:
 
 
 def grey_world(image: Tensor) -> Tensor:
-    """Each channel scaled so that its mean is the mean of all three; clipped at 255."""
+    """The image with each channel scaled so that all have the same mean; clipped at 255."""
     values = image.float()
     means = values.mean((1, 2), keepdim=True).clamp_min(1e-6)
     return (values * means.mean() / means).round().clamp(0, 255).to(image.dtype)

@@ -29,12 +29,10 @@ Split = dict[str, np.ndarray]  # "train", "val", "test": sorted int64 indices
 def make_split(kind: str, labels: np.ndarray, seed: int, *, paths: list[str] | None = None,
                groups: list[str] | None = None) -> Split:
     """Train, validation and test indices of n images.
-
     labels: int64 [n]. paths: needed by `blocked` (file-number order). groups: needed by `grouped`,
     one id per image. Raises InputError where a part, or a class of the training part, is empty.
     `random` is `torch.utils.data.random_split` with lengths n-2⌊n/10⌋, ⌊n/10⌋, ⌊n/10⌋: with seed 42
-    on the 3,256 images it has the paper's class counts (section 3.6, test 59/98/84/84).
-    """
+    on the 3,256 images it has the paper's class counts (section 3.6, test 59/98/84/84)."""
     n, tenth = len(labels), len(labels) // 10
     if tenth == 0:
         raise InputError(f"{n} images are too few for an 80/10/10 split: at least 10 are needed")
@@ -70,7 +68,8 @@ def _stratified(indices: np.ndarray, labels: np.ndarray, size: float, seed: int)
 
 
 def _take_groups(groups: list[str], sizes: list[int], seed: int) -> list[list[int]]:
-    """Whole groups, shuffled, each to the first part with room for it; the rest is a last part."""
+    """Deal whole groups in random order, each to the first part that has room for it; the groups
+    for which no part has room form a last part."""
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
@@ -89,7 +88,8 @@ def file_number(path: str) -> tuple:
 
 
 def _blocked(labels: np.ndarray, paths: list[str]) -> list[list[int]]:
-    """Per class in file-number order: train, 30 dropped, 10 % validation, 30 dropped, 10 % test."""
+    """Per class in the order of file numbers: training part, 30 files dropped, 10 % validation, 30
+    files dropped, 10 % test."""
     train, val, test = [], [], []
     for c in np.unique(labels):
         order = sorted(np.flatnonzero(labels == c), key=lambda i: file_number(paths[i]))
@@ -108,13 +108,11 @@ def _blocked(labels: np.ndarray, paths: list[str]) -> list[list[int]]:
 def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_val: float = 0.1,
                paths: list[str] | None = None, groups: list[str] | None = None) -> list[Split]:
     """K-fold cross-validation (section 3.5): K splits whose test parts are disjoint and cover all.
-
     `val` is the share `inner_val` of what a fold leaves for training, taken in the manner of the
     folds and never from its test part; empty where inner_val is 0. `grouped`: StratifiedGroupKFold
-    over `groups`, none cut. `blocked`: per class K runs of consecutive file numbers, 30 files
-    dropped beside the test part, and beside the validation part that precedes it. Raises InputError
-    for more folds than a class has images (or groups), and for parts that would be empty.
-    """
+    over `groups`, which stay whole. `blocked`: per class K runs of consecutive file numbers, 30
+    files dropped beside the test part and before the validation part. Raises InputError for more
+    folds than a class has images (or groups), and for parts that would be empty."""
     if kind not in FOLDS:
         raise InputError(f"--split {kind} knows no folds; one of {', '.join(FOLDS)}")
     units = np.arange(len(labels))  # what may not be cut
@@ -147,7 +145,8 @@ def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_va
 
 def _blocked_fold(labels: np.ndarray, paths: list[str], folds: int, k: int,
                   inner_val: float) -> Split:
-    """The k-th run of each class tests; what follows it, wrapping round, trains, then validates."""
+    """The k-th stretch of each class is the test part. The files after it, and then those from the
+    beginning, are the training part; the last of them validate."""
     parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for c in np.unique(labels):
         order = sorted(np.flatnonzero(labels == c), key=lambda i: file_number(paths[i]))
@@ -208,9 +207,7 @@ def partition(kind: str, labels: np.ndarray, train: np.ndarray, clients: int, se
 def deal(labels: np.ndarray, indices: np.ndarray, fractions: np.ndarray,
          rng: np.random.Generator) -> list[np.ndarray]:
     """Deal `indices` class by class, client k getting the share fractions[c, k] of class c.
-
-    fractions: [classes, clients], rows in any scale. Every index goes to exactly one client.
-    """
+    fractions: [classes, clients], rows in any scale. Every index goes to exactly one client."""
     parts: list[list[int]] = [[] for _ in range(fractions.shape[1])]
     for c in np.unique(labels[indices]):
         members = rng.permutation(indices[labels[indices] == c])
@@ -228,7 +225,8 @@ def deal_like(labels: np.ndarray, indices: np.ndarray, clients: list[np.ndarray]
 
 
 def _shards(labels: np.ndarray, clients: int, per_client: int, rng: np.random.Generator):
-    """[C, K] of 0 and 1: client k owns `per_client` consecutive classes of a shuffled circle."""
+    """Who owns which class, 0 or 1, [C, K]: the classes stand in a circle in random order, and
+    client k owns `per_client` neighbours in it."""
     present = np.unique(labels)
     if not per_client <= len(present) <= clients * per_client:
         raise InputError(f"{clients} clients of {per_client} classes each do not fit "
@@ -242,7 +240,8 @@ def _shards(labels: np.ndarray, clients: int, per_client: int, rng: np.random.Ge
 
 def _equal_sizes(labels: np.ndarray, train: np.ndarray, clients: int, alpha: float,
                  rng: np.random.Generator) -> list[list[int]]:
-    """Slot by slot: a random client with room draws a class from its own Dirichlet mix."""
+    """Clients of equal size: again and again a random client that has room draws one image, of a
+    class that it draws from its own Dirichlet mix."""
     present = np.unique(labels[train])
     pools = [list(rng.permutation(train[labels[train] == c])) for c in present]
     mixes = np.maximum(rng.dirichlet([alpha] * len(present), size=clients), 1e-12)  # [K, C]

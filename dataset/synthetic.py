@@ -67,13 +67,9 @@ def draw_one(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 def draw(size: int, seed: int = 0) -> tuple[np.ndarray, list[str], list[str]]:
     """The whole set: pixels uint8 [320, size, size, 3], class name of each, path-like name of each.
-
-    Picture i depends on (seed, i) alone.
-    """
-    names = [name for name, count in COUNTS.items() for _ in range(count)]
-    numbers = [i for count in COUNTS.values() for i in range(1, count + 1)]
+    Picture i depends on (seed, i) alone."""
+    names = [(name, i) for name, count in COUNTS.items() for i in range(1, count + 1)]
     pixels = np.stack([draw_one(name, size, np.random.default_rng([seed, i]))
-                       for i, name in enumerate(names)])
-    paths = [f"{name}/synthetic-{name}-{number:03d}.png"
-             for name, number in zip(names, numbers, strict=True)]
-    return pixels, names, paths
+                       for i, (name, _) in enumerate(names)])
+    return (pixels, [name for name, _ in names],
+            [f"{name}/synthetic-{name}-{i:03d}.png" for name, i in names])

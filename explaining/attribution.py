@@ -85,12 +85,10 @@ def grad_cam(model: nn.Module, image: Tensor, target: int, layer: nn.Module) -> 
 def lime(classify: Classify, pixels: Tensor, targets: list[int], samples: int,
          seed: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Superpixels int [H, W] and per class their weights [S] (Ribeiro et al. 2016; lime package).
-
     pixels: uint8 [3, H, W]. Superpixels are the package's default at 224 pixels (quickshift, its
     kernel in proportion to the side), the same for every seed; what is perturbed comes from `seed`.
     The package's own loop, which copies and masks one image at a time, is replaced by the same
-    draws masked a batch at a time.
-    """
+    draws masked a batch at a time."""
     explainer = LimeImageExplainer(random_state=seed)
 
     def data_labels(image: np.ndarray, fudged: np.ndarray, segments: np.ndarray, _classify: object,
@@ -110,9 +108,6 @@ def lime(classify: Classify, pixels: Tensor, targets: list[int], samples: int,
         num_samples=samples, batch_size=64, random_seed=0, segmentation_fn=SegmentationAlgorithm(
             "quickshift", kernel_size=max(1.0, 4 * pixels.shape[-1] / 224), max_dist=200,
             ratio=0.2, random_seed=0))
-    weights = {}
-    for target in targets:
-        weights[target] = np.zeros(explanation.segments.max() + 1)
-        for superpixel, weight in explanation.local_exp[target]:
-            weights[target][superpixel] = weight
+    weights = {target: np.array([weight for _, weight in sorted(explanation.local_exp[target])])
+               for target in targets}  # in the order of the superpixels
     return explanation.segments, weights

@@ -1,5 +1,5 @@
-"""Whether to believe an explanation: does it point at what the answer hangs on, and at what was
-learnt? Functions on maps [H, W]; knows nothing of how a map was made."""
+"""Whether to believe an explanation: does it point at what the answer depends on, and at what was
+learnt? All functions work on maps [H, W], whatever made them."""
 
 from collections.abc import Callable
 
@@ -32,8 +32,7 @@ def deletion_area(classify: Callable[[Tensor], np.ndarray], pixels: Tensor, targ
     et al. 2018), trapezoid over the share removed, 0..1; lower = the order finds the evidence.
 
     pixels: uint8 [3, H, W]; the paint is the image's mean colour. order: GRID² cells. Compare with
-    random orders of the same cells only: the paint itself disturbs the network.
-    """
+    random orders of the same cells only: the paint itself disturbs the network."""
     rank = np.empty(GRID**2, dtype=np.int64)
     rank[order] = np.arange(GRID**2)
     removed = torch.from_numpy(rank[cell_index(tuple(pixels.shape[1:]))])

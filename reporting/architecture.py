@@ -13,15 +13,15 @@ from checks import guard, integer, make_parser
 
 def table(model: nn.Module, size: int) -> list[tuple[str, str, int, int]]:
     """(module, output shape, parameters, trainable parameters) of each top-level module."""
-    shapes, hooks = {}, []
-    for name, module in model.named_children():
-        hooks.append(module.register_forward_hook(
-            lambda _m, _i, out, name=name: shapes.__setitem__(name, tuple(out.shape[1:]))))
+    shapes: dict[nn.Module, tuple] = {}
+    hooks = [module.register_forward_hook(
+        lambda module, _inputs, output: shapes.__setitem__(module, tuple(output.shape[1:])))
+        for module in model.children()]
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, size, size))
     for hook in hooks:
         hook.remove()
-    return [(name, str(shapes.get(name, "-")), sum(p.numel() for p in module.parameters()),
+    return [(name, str(shapes.get(module, "-")), sum(p.numel() for p in module.parameters()),
              sum(p.numel() for p in module.parameters() if p.requires_grad))
             for name, module in model.named_children()]
 

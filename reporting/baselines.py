@@ -35,9 +35,9 @@ def colour_statistics(pixels: np.ndarray, kind: str, cut_strip: bool = False) ->
 @lru_cache(maxsize=1)  # folds, seeds and networks of one run share them
 def colour_features(images: Images) -> dict[tuple[str, str], np.ndarray]:
     """The statistics of every image, by (features, strip)."""
-    pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
-    return {(kind, strip): colour_statistics(pixels, kind, strip == "cut") for kind, strip in
-            (("means", "included"), ("statistics", "included"), ("statistics", "cut"))}
+    kinds = ("means", "included"), ("statistics", "included"), ("statistics", "cut")
+    return {(kind, strip): colour_statistics(images.array(), kind, strip == "cut")
+            for kind, strip in kinds}
 
 
 def make_classifier(kind: str) -> Pipeline:
@@ -48,9 +48,7 @@ def make_classifier(kind: str) -> Pipeline:
 
 def colour_only(images: Images, split: Split) -> list[dict]:
     """Accuracy with Wilson interval on validation and test, a row per statistics and classifier.
-
-    Fitted on the training part.
-    """
+    Fitted on the training part."""
     labels, rows = images.labels.numpy(), []
     for (kind, strip), x in colour_features(images).items():
         for name in ("1-nn", "rbf-svm"):

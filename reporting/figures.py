@@ -28,10 +28,8 @@ def drawing(path: Path, width: float, height: float, columns: int = 1) -> Iterat
 def plot_curves(histories: list[list[dict]], path: Path, unit: str = "epoch",
                 best: int | None = None) -> None:
     """The paper's Fig. 3: training and validation, loss and accuracy, against rounds or epochs.
-
     Of several histories the mean, shaded by ± one standard deviation; where early stopping ends
-    some of them sooner, over those that go on. best: the round or epoch to mark.
-    """
+    some of them sooner, over those that go on. best: the round or epoch to mark."""
     with drawing(path, 9, 3.4, columns=2) as axes:
         for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
             for part, name in (("train", "training (augmented batches)"), ("val", "validation")):

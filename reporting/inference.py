@@ -5,6 +5,7 @@ the convolutions (torch.fx) and computes in bf16 where the device does so native
 bears it: a ResNet50 does, a MobileNetV2 does not.
 """
 
+import argparse
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,9 @@ from torch.fx.experimental import optimization
 
 import data
 import models
-from checks import InputError, warn
+from checks import InputError, integer, warn
 from dataset import interventions, synthetic
 
-BATCH = 64  # memory only
 LIMIT = 0.02  # of what half precision may do to a probability
 
 
@@ -35,11 +35,18 @@ class Trained:
     interventions: tuple[str, ...] = ()  # that its pixels were trained with
 
 
-def load(folder: Path, device: torch.device, client: int | None = None) -> Trained:
-    """The best model of a run folder, exact. client: whose BatchNorm, where each has its own.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of scripts that use a trained network."""
+    add = parser.add_argument_group("network").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default auto)")
+    add("--client", type=integer(0), help="whose BatchNorm to use, of a --bn local run")
 
-    Raises InputError for a folder without `model.pt`, and where `client` is needed or unknown.
-    """
+
+def load(folder: Path, device: torch.device, client: int | None = None) -> Trained:
+    """The best model of a run folder, as it was evaluated. client: whose BatchNorm to use, in a run
+    where every client has its own.
+
+    Raises InputError for a folder without `model.pt`, and where `client` is needed or unknown."""
     if not (folder / "model.pt").exists():
         parts = sorted(p.parent.name for p in folder.glob("*/model.pt"))
         raise InputError(f"{folder}: has no model.pt" + (
@@ -59,8 +66,9 @@ def load(folder: Path, device: torch.device, client: int | None = None) -> Train
 
 
 def fast(trained: Trained, limit: float = LIMIT) -> Trained:
-    """The same network with BatchNorm folded, channels_last, in bf16 (CUDA: float16 at need) but
-    for its head; in float32, and said so, where that could move a probability by over `limit`."""
+    """The same network with BatchNorm folded into its convolutions, in bf16 (on CUDA float16 where
+    there is no bf16) but for its head. Where that could move a probability by more than `limit`,
+    it is float32, and one line says so."""
     folded = optimization.fuse(copy.deepcopy(trained.model)).eval()
     folded = folded.to(trained.device, memory_format=torch.channels_last)
     exact = replace(trained, model=folded)
@@ -79,10 +87,10 @@ def fast(trained: Trained, limit: float = LIMIT) -> Trained:
 
 
 def deviation(a: Trained, b: Trained, count: int = 16) -> float:
-    """The most by which any probability of `a` and `b` can differ, whatever the confidence, going
-    by their logits on drawn smears: (max d - min d) / 4 for a difference d of logits, since
-    |∂p_i along d| ≤ p_i (1 - p_i) (max d - min d). The same smears always, so that no answer
-    depends on the images it came with."""
+    """The most by which any probability of `a` and `b` can differ, judged by their logits on drawn
+    smears: (max d - min d) / 4 for a difference d of logits, because a step along d changes p_i by
+    at most p_i (1 - p_i) (max d - min d). The smears are always the same, so that an answer does
+    not depend on the images that are asked about with it."""
     drawn = np.stack([synthetic.draw_one(data.CLASSES[i % 4], a.image_size,
                                          np.random.default_rng(i)) for i in range(count)])
     pixels = torch.from_numpy(drawn).permute(0, 3, 1, 2)
@@ -94,12 +102,12 @@ def deviation(a: Trained, b: Trained, count: int = 16) -> float:
 def logits(trained: Trained, pixels: Tensor) -> Tensor:
     """float32 [n, C] on the CPU, in batches. pixels: uint8 [n, 3, H, W] of the network's size."""
     out = []
-    for batch in pixels.split(BATCH):
+    for batch in pixels.split(data.EVAL_BATCH):
         batch = data.normalise(batch.to(trained.device).float().div_(255))
         out.append(trained.model(batch.to(trained.dtype)).float().cpu())
     return torch.cat(out)
 
 
-def probabilities(trained: Trained, pixels: Tensor) -> Tensor:
+def probabilities(trained: Trained, pixels: Tensor) -> np.ndarray:
     """float32 [n, C], rows summing to 1."""
-    return logits(trained, pixels).softmax(1)
+    return logits(trained, pixels).softmax(1).numpy()

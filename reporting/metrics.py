@@ -8,7 +8,7 @@ narrow wherever patients contribute several images.
 import numpy as np
 from scipy.special import log_softmax
 from scipy.stats import binomtest
-from sklearn.metrics import cohen_kappa_score, confusion_matrix, roc_auc_score
+from sklearn.metrics import confusion_matrix, roc_auc_score
 
 BOOTSTRAP = 1000  # resamples of the percentile intervals
 BINS = 15  # of the expected calibration error
@@ -17,12 +17,10 @@ FIGURES = ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1", "w
 
 
 def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
-    """Every figure of one part of the data: the M of `results.json` (README).
-
+    """Every figure of one part of the data, as `results.json` has them (docs/run-folder.md).
     logits: float [n, C]; labels: int [n]. `loss` is the unweighted, unsmoothed cross-entropy. Macro
     figures are means over the classes present; there an undefined precision counts as 0, as in
-    scikit-learn. `brier` is the sum over classes (0..2), `roc_auc` macro one-against-rest.
-    """
+    scikit-learn. `brier` is the sum over classes (0..2), `roc_auc` macro one-against-rest."""
     logits = np.asarray(logits, dtype=np.float64)
     log_p = log_softmax(logits, axis=1)
     p = np.exp(log_p)
@@ -34,8 +32,8 @@ def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
 
 
 def measure_counts(confusion: np.ndarray, loss_sum: float, classes: list[str]) -> dict:
-    """The same of a confusion matrix [true, predicted] and a sum of losses, all that a hospital
-    sends; what needs every image's probabilities (AUC, calibration) is None."""
+    """The same figures from a confusion matrix [true, predicted] and a sum of losses, which is all
+    that a hospital sends. Figures that need the probabilities (AUC, calibration) are None."""
     cells = np.indices(confusion.shape).reshape(2, -1).repeat(confusion.ravel(), axis=1)
     figures = _measure(*cells, None, loss_sum / confusion.sum(), classes)
     return figures | {"ece": None, "brier": None}
@@ -53,7 +51,9 @@ def _measure(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None, lo
         for key in ("precision", "recall", "f1"):
             values = [per_class[classes[c]][key] or 0.0 for c in present]
             figures[f"{kind}_{key}"] = float(np.average(values, weights=weights))
-    figures["kappa"] = kappa(confusion)
+    chance = (confusion.sum(0) * confusion.sum(1)).sum() / n**2
+    agreement = np.trace(confusion) / n
+    figures["kappa"] = float((agreement - chance) / (1 - chance)) if chance < 1 else None
     aucs = [per_class[name]["auc"] for name in classes if per_class[name]["auc"] is not None]
     figures["roc_auc"] = float(np.mean(aucs)) if aucs else None
     figures["intervals"] = bootstrap(labels, predicted, p, len(classes))
@@ -94,16 +94,6 @@ def per_class_metrics(confusion: np.ndarray, p: np.ndarray | None, labels: np.nd
     return out
 
 
-def kappa(confusion: np.ndarray) -> float | None:
-    """Cohen's κ of a confusion matrix; None where chance agreement is complete."""
-    n = confusion.sum()
-    chance = (confusion.sum(0) * confusion.sum(1)).sum() / n**2
-    if chance == 1:
-        return None
-    cells = np.indices(confusion.shape).reshape(2, -1)
-    return float(cohen_kappa_score(*cells, sample_weight=confusion.ravel()))
-
-
 def malignant(confusion: np.ndarray, classes: list[str]) -> dict | None:
     """Malignant (all but Benign) against Benign, Wilson intervals; None without a Benign class."""
     if "Benign" not in classes:
@@ -126,9 +116,7 @@ def calibration_error(p: np.ndarray, labels: np.ndarray) -> float | None:
 def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None,
               num_classes: int, seed: int = 0) -> dict:
     """Percentile 95 % intervals of macro F1, κ and macro AUC over resampled images.
-
-    A resample without one of the classes present counts the rest; fixed seed, so repeatable.
-    """
+    Where a resample lacks a class, the mean is over the classes that it has. The seed is fixed."""
     n = len(labels)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP)  # [R, n]
     cells = labels * num_classes + predicted
@@ -171,10 +159,8 @@ def percentiles(values: np.ndarray) -> dict:
 
 
 def mean_sd(values: list[dict | float | None]) -> dict:
-    """Mean and sample standard deviation (ddof 1) over runs or folds of what is defined; n of them.
-
-    A figure with interval counts by its value.
-    """
+    """Mean, sample standard deviation (ddof 1) and number of the values that are defined, over runs
+    or folds. A figure with an interval counts by its value."""
     plain = [v["value"] if isinstance(v, dict) else v for v in values]
     known = np.array([v for v in plain if v is not None])
     return {"n": len(known), "mean": float(known.mean()) if len(known) else None,

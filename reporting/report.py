@@ -1,5 +1,7 @@
 """A run folder made readable: `report.md` and the tables on the terminal, from what is there."""
 
+from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,15 @@ from reporting.run_folder import read_run, write_json, write_text
 
 
 def show(figure: dict | float | None, digits: int = 4) -> str:
-    """A number, or {"value", "low", "high"} as `0.9938 (0.9778–0.9983)`; None as a dash."""
-    if isinstance(figure, dict):
-        if figure["value"] is None:
-            return "–"
-        return f"{show(figure['value'])} ({show(figure['low'])}–{show(figure['high'])})"
-    return "–" if figure is None else f"{figure:.{digits}f}"
+    """A number; {"value", "low", "high"} as `0.9938 (0.9778–0.9983)`, {"mean", "sd", "n"} as
+    `0.9815 ± 0.0031`; None as a dash."""
+    if not isinstance(figure, dict):
+        return "–" if figure is None else f"{figure:.{digits}f}"
+    if figure.get("value", figure.get("mean")) is None:
+        return "–"
+    if "mean" in figure:
+        return show(figure["mean"]) + ("" if figure["sd"] is None else f" ± {show(figure['sd'])}")
+    return f"{show(figure['value'])} ({show(figure['low'])}–{show(figure['high'])})"
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
@@ -50,11 +55,6 @@ def best_colour_row(results: dict, kind: str) -> dict:
     return max(rows, key=lambda row: row["val"]["value"] or 0)
 
 
-def colour_rows(results: dict) -> list[list]:
-    return [[f"{row['features']}, {row['classifier']}, strip {row['strip']}",
-             show(row["val"]), show(row["test"])] for row in results["colour_only"]]
-
-
 def print_table(header: list[str], rows: list[list]) -> None:
     """Aligned columns on stdout."""
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
@@ -62,17 +62,22 @@ def print_table(header: list[str], rows: list[list]) -> None:
         print("  ".join(str(x).ljust(w) for x, w in zip(row, widths, strict=True)).rstrip())
 
 
+def print_epoch(record: dict, total: int, unit: str = "epoch") -> None:
+    """The line of an epoch, or of a round; null figures are dashes."""
+    print(f"{unit} {record[unit]}/{total}: train loss {show(record['train_loss'])}, val loss "
+          f"{show(record['val_loss'])}, val accuracy {show(record['val_accuracy'])}, lr "
+          f"{record['lr']:g}, {record['images_per_second']:.1f} images/s", flush=True)
+
+
 def print_round(record: dict, rounds: int) -> None:
     """A line for each client of the round, then one for the round."""
     for c in record["clients"]:
         norm = "not finite, left out" if c["left_out"] else show(c["update_norm"], 3)
         name = c.get("site", f"client {c['client']}")
-        print(f"  {name}: {c['num_examples']} images, {c['steps']} steps, loss "
-              f"{show(c['loss'])}, accuracy {show(c['accuracy'], 3)}, update "
-              f"norm {norm}, skipped {show(c['skipped_steps'], 0)}")
-    print(f"round {record['round']}/{rounds}: val loss {show(record['val_loss'])}, "
-          f"val accuracy {show(record['val_accuracy'])}, lr {record['lr']:g}, "
-          f"{record['images_per_second']:.1f} images/s", flush=True)
+        print(f"  {name}: {c['num_examples']} images, "
+              f"{c['steps']} steps, loss {show(c['loss'])}, accuracy {show(c['accuracy'], 3)}, "
+              f"update norm {norm}, skipped {show(c['skipped_steps'], 0)}")
+    print_epoch(record, rounds, "round")
 
 
 def print_summary(folder: Path, results: dict) -> None:
@@ -89,13 +94,6 @@ def print_colour(results: dict) -> None:
               f"{show(top['val'])}, test {show(top['test'])}")
 
 
-def show_mean(figure: dict) -> str:
-    """{"mean", "sd", "n"} as `0.9815 ± 0.0031`."""
-    if figure["mean"] is None:
-        return "–"
-    return show(figure["mean"]) + ("" if figure["sd"] is None else f" ± {show(figure['sd'])}")
-
-
 MEMBERS = ["part", "training images", "best epoch", "n", "accuracy (95 %)", "macro F1", "kappa",
            "AUC"]
 
@@ -106,29 +104,21 @@ def member_rows(results: dict) -> list[list]:
     rows = [[m["name"], m["train"], m["epoch"], m["n"], *(show(m[key]) for key in keys)]
             for m in results["members"]]
     rows.append([f"mean ± sd of {len(rows)}", "", "", "",
-                 *(show_mean(results["mean"][key]) for key in keys)])
+                 *(show(results["mean"][key]) for key in keys)])
     if "best" in results:
         m = results["best"]["test"]
         rows.append(["pooled, out of fold", "", "", m["n"], *(show(m[key]) for key in keys)])
     return rows
 
 
-CLIENTS = ["client", "n", "accuracy (95 %)", "macro F1"]
-
-
-def client_rows(figures: dict, names: list[str] | None = None) -> list[list]:
+def client_rows(clients: list[dict | None], names: Iterable) -> list[list]:
+    """A row for each client or hospital: its name, n, accuracy, macro F1."""
     return [[name, 0, "–", "–"] if m is None else
             [name, m["n"], show(m["accuracy"]), show(m["macro_f1"])]
-            for name, m in zip(names or range(len(figures["clients"])), figures["clients"],
-                               strict=True)]
+            for name, m in zip(names, clients, strict=False)]
 
 
-def client_table(figures: dict) -> str:
-    """Each client on its own share, where there is no single global model (FedBN)."""
-    if "clients" not in figures:
-        return ""
-    return ("### Each client on its own share of the test part (own BatchNorm)\n\n"
-            + markdown(CLIENTS, client_rows(figures)))
+CLIENTS = ["n", "accuracy (95 %)", "macro F1"]
 
 
 MODEL_CARD = """## Model card
@@ -180,8 +170,10 @@ def class_table(test: dict, title: str) -> str:
 
 
 def colour_table(results: dict) -> str:
+    rows = [[f"{row['features']}, {row['classifier']}, strip {row['strip']}", show(row["val"]),
+             show(row["test"])] for row in results["colour_only"]]
     return ("### What colour alone reaches\n\nNo network: classifiers on whole-image colour.\n\n"
-            + markdown(["statistics", "validation", "test"], colour_rows(results)))
+            + markdown(["statistics", "validation", "test"], rows))
 
 
 def figures_and_settings(folder: Path, run: dict) -> str:
@@ -202,7 +194,7 @@ def tail(folder: Path, run: dict, twins: int, n: int, colour: str) -> str:
     return f"{figures_and_settings(folder, run)}\n\n{card}"
 
 
-def write_page(folder: Path, sections: list[str]) -> None:
+def write_page(folder: Path, sections: list[str | bool]) -> None:
     """report.md of these sections; empty ones are left out."""
     write_text(folder / "report.md", "\n\n".join(s for s in sections if s).rstrip() + "\n")
 
@@ -210,9 +202,7 @@ def write_page(folder: Path, sections: list[str]) -> None:
 def write_run(folder: Path, results: dict, history: list[dict], images: Images, split: Split,
               logits: np.ndarray, clients: list[np.ndarray] | None) -> dict:
     """Figures, report.md and results.json of one trained network; returns what the latter holds.
-
-    logits: float32 [n, C] of the best model on the test part. Adds what colour alone reaches.
-    """
+    logits: float32 [n, C] of the best model on the test part. Adds what colour alone reaches."""
     results = results | {"colour_only": colour_only(images, split)}
     best, labels = results["best"], images.labels.numpy()
     test, unit = best["test"], "round" if "round" in best else "epoch"
@@ -230,7 +220,10 @@ def write_run(folder: Path, results: dict, history: list[dict], images: Images, 
     write_page(folder, [
         head(folder, run, results),
         f"## Results\n\n{chosen}\n\n{markdown(SUMMARY, summary_rows(results, unit))}",
-        class_table(test, "best model, test"), client_table(test), colour_table(results),
+        class_table(test, "best model, test"),
+        "clients" in test and "### Each client on its own share of the test part (own BatchNorm)"
+        "\n\n" + markdown(["client", *CLIENTS], client_rows(test["clients"], count())),
+        colour_table(results),
         tail(folder, run, twins, test["n"],
              show(best_colour_row(results, "statistics")["test"]))])
     write_json(folder / "results.json", results)  # last: it says that the run is complete
@@ -240,9 +233,7 @@ def write_run(folder: Path, results: dict, history: list[dict], images: Images, 
 def write_pooled(folder: Path, results: dict, histories: list[list[dict]], twins: int,
                  drawn: tuple[np.ndarray, np.ndarray] | None) -> None:
     """Figures and report.md of a run of folds, or of hospitals alone; the table on the terminal.
-
-    drawn: logits [n, C] and labels [n] of the pooled test parts, where they are disjoint.
-    """
+    drawn: logits [n, C] and labels [n] of the pooled test parts, where they are disjoint."""
     figures.plot_curves(histories, folder / "curves.png")
     run, colour = read_run(folder), "what the report of each part says"
     sections = [head(folder, run, results), "## Results", markdown(MEMBERS, member_rows(results)),
@@ -271,7 +262,7 @@ def write_sites(folder: Path, results: dict, history: list[dict], classes: list[
     figures.plot_curves([history], folder / "history.png", "round", results["best"]["round"])
     figures.plot_confusion(test["confusion"], classes, "best model, test parts of all sites",
                            folder / "confusion.png")
-    header, rows = ["site", *CLIENTS[1:]], client_rows(test, results["sites"])
+    header, rows = ["site", *CLIENTS], client_rows(test["clients"], results["sites"])
     write_page(folder, [
         f"# {folder.name}",
         (f"Sites: {results['data']}. {results['images_seen']} training passes in "

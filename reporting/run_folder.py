@@ -8,6 +8,7 @@ leaves the old one or the new one, whole.
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ import torch
 from scipy.special import softmax
 
 from checks import InputError, make_parser, warn
-from data import Images
+from data import Images, load
 from dataset import interventions
 from dataset.splits import Split
 from models import pick_precision, read_file, save, write_whole
@@ -43,12 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Namespace], dict],
           argv: list[str] | None) -> argparse.Namespace:
-    """Parse flags over the defaults that hold for them, with --resume over the run's own.
-
-    groups: functions that add arguments; defaults: what other flags (no --data, --like) set where
-    nothing is given. Raises InputError for a folder that is no run, and for flags that differ from
-    those recorded there.
-    """
+    """Parse the flags of a trainer. With --resume, every flag has the value that the run recorded.
+    groups: functions that add flags to the parser. defaults: what some flags (no --data, --like)
+    set for others that are not given. Raises InputError for a folder that is no run, and for a
+    flag whose value differs from the recorded one."""
     parser = make_parser(description)
     for add_group in (*groups, add_arguments):
         add_group(parser)
@@ -82,7 +81,7 @@ def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Names
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file of a run folder; InputError where there is no such run."""
+    """The content of a JSON file of a run folder. InputError where there is no such run."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -102,9 +101,7 @@ def read_run(folder: Path) -> dict:
 
 def modern(arguments: dict) -> dict:
     """The arguments of a run made before flags were renamed, under today's names and values.
-
-    What has no counterpart today keeps its old name, so that nothing is silently left out.
-    """
+    What has no counterpart today keeps its old name, so that nothing is silently left out."""
     new = dict(arguments)
     new.setdefault("remove", interventions.modern(
         [name for name in interventions.RENAMED if new.pop(name, False)]))
@@ -122,12 +119,12 @@ def modern(arguments: dict) -> dict:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, the whole of it or nothing."""
     write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
 def write_csv(path: Path, rows: list[list]) -> None:
-    """A header and rows as CSV, whole or not at all."""
+    """Write a header and rows as CSV, the whole of it or nothing."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(rows)
     write_text(path, buffer.getvalue())
@@ -138,24 +135,22 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def new_folder(out: str | None, default: str) -> Path:
-    """Make the folder that --out names, or the default one, numbered if taken."""
+    """Make the folder that --out names, or the default one with a number if the name is taken."""
     base = Path(out or default)
-    folder, number = base, 1
-    while True:
+    for number in itertools.count(1):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             if out is not None:
                 raise InputError(f"--out {out}: exists already") from None
-            number += 1
-            folder = base.with_name(f"{base.name}-{number}")
 
 
 def write_run(folder: Path, args: argparse.Namespace, script: str, images: Images,
               device: torch.device, part_of: str | None = None) -> None:
-    """`run.json`: everything that made the run what it is. part_of: the run it is a fold or a
-    single site of."""
+    """Write run.json: everything that made the run what it is. part_of: the name of the larger
+    run that this one is a fold, a client or a hospital of."""
     write_json(folder / "run.json", {
         "script": f"train_{script}.py", "part_of": part_of,
         "argv": args.argv,
@@ -167,7 +162,8 @@ def write_run(folder: Path, args: argparse.Namespace, script: str, images: Image
 
 
 def launcher() -> str | None:
-    """The torchrun that started this process, the same after it restarts a job; None without."""
+    """Names the torchrun that started this process; the same after a restart of the job. None
+    without torchrun."""
     job = os.environ.get("TORCHELASTIC_RUN_ID")
     return job and f"{platform.node()} {os.getppid()} {job}"
 
@@ -183,13 +179,13 @@ def machine(device: torch.device) -> dict:
 
 
 def code() -> list[bytes]:
-    """Every source file that a run can depend on. Folders by name: a virtual environment may stand
-    beside them."""
+    """Every source file that a run can depend on. The folders are listed by name, because a virtual
+    environment may stand beside them."""
     return [p.read_bytes() for room in ("", *ROOMS) for p in sorted((ROOT / room).glob("*.py"))]
 
 
 def git_commit() -> str | None:
-    """Commit of this code, "+changes" appended where the checkout differs; None outside git."""
+    """The commit of this code, with "+changes" where the checkout differs; None outside git."""
     def git(*command: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *command], check=True,
                               capture_output=True, text=True).stdout.strip()
@@ -201,9 +197,7 @@ def git_commit() -> str | None:
 
 def begin(args: argparse.Namespace, script: str, images: Images, device: torch.device) -> Path:
     """The run folder: a new one with its run.json, or the one to resume.
-
-    Refuses to resume on other data (InputError), warns of another machine or version.
-    """
+    Refuses to resume with other images (InputError). Warns of another machine or version."""
     if args.resume is None:
         folder = new_folder(args.out, f"runs/{script}-{args.model}-{images.name}-seed{args.seed}")
         write_run(folder, args, script, images, device)
@@ -217,11 +211,17 @@ def begin(args: argparse.Namespace, script: str, images: Images, device: torch.d
 
 
 def check_images(folder: Path, images: Images) -> dict:
-    """run.json of a run that was made with exactly these images; InputError for other ones."""
+    """run.json of a run that was made with exactly these images. InputError for other images."""
     run = read_run(folder)
     if run["fingerprint"] != images.fingerprint():
         raise InputError(f"{folder}: the images are not those of the run")
     return run
+
+
+def load_images(folder: Path) -> tuple[dict, Images]:
+    """run.json of a run, and the images that it was made with, read again."""
+    images = load(argparse.Namespace(**read_run(folder)["arguments"]))
+    return check_images(folder, images), images
 
 
 def start_or_resume(folder: Path, images: Images, split: Split, clients: list[np.ndarray],
@@ -307,13 +307,18 @@ def write_split(folder: Path, images: Images, split: Split, clients: list[np.nda
     write_csv(folder / "split.csv", [["path", "label", "split", "client"], *rows])
 
 
-def read_split(folder: Path) -> list[dict]:
-    """The rows of split.csv, a dictionary each. Raises InputError where there is none."""
+def read_split(folder: Path, images: Images) -> tuple[Split, list[np.ndarray]]:
+    """The split and the clients of a run, as its split.csv has them. InputError for none."""
     try:
         with open(folder / "split.csv", encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+            rows = {row["path"]: row for row in csv.DictReader(file)}
     except FileNotFoundError:
         raise InputError(f"{folder}: not a run of one network, it has no split.csv") from None
+    parts = [rows[path]["split"].split("+") for path in images.paths]
+    owners = np.array([int(rows[path]["client"] or -1) for path in images.paths])
+    return ({name: np.flatnonzero([name in part for part in parts])
+             for name in ("train", "val", "test")},
+            [np.flatnonzero(owners == k) for k in range(owners.max() + 1)])
 
 
 def write_predictions(folder: Path, images: Images, split: Split, logits: dict) -> None:

@@ -13,9 +13,10 @@ import pytest
 from reporting.metrics import wilson
 
 ROOT = Path(__file__).parent.parent
-CLAIMS = (ROOT / "CLAIMS.md").read_text("utf-8")
-README = (ROOT / "README.md").read_text("utf-8")
-LESSONS = (ROOT / "LESSONS.md").read_text("utf-8")
+README, SECURITY, CLAIMS, LESSONS, RESULTS, READINGS, RUN_FOLDER = TEXTS = [
+    (ROOT / name).read_text("utf-8") for name in (
+        "README.md", "SECURITY.md", "docs/claims.md", "docs/lessons.md", "docs/results.md",
+        "docs/readings.md", "docs/run-folder.md")]
 FILES = dict(re.findall(r"`([A-Z])` = `(results/[^`]+)`", CLAIMS))
 
 
@@ -56,11 +57,12 @@ def test_same_can_fail():
     assert not same("0.9938", 0.9937) and not same("94.0 %", 0.95) and not same("77", 78)
 
 
-def test_every_cited_figure_of_the_readme_resolves_and_rounds():
+@pytest.mark.parametrize(("page", "least"), [(README, 4), (RESULTS, 20)])
+def test_every_cited_figure_resolves_and_rounds(page, least):
     """A line ends in `<!-- file: key; key -->`: each fraction on it, in order, is that figure; a
     key of a figure with interval stands for its value, low and high, of a mean for mean and sd."""
-    lines = [line for line in README.splitlines() if "<!-- results/" in line]
-    assert len(lines) >= 20
+    lines = [line for line in page.splitlines() if "<!-- results/" in line]
+    assert len(lines) >= least
     for line in lines:
         text, _, note = line.partition("<!-- ")
         path, _, keys = note.removesuffix(" -->").partition(": ")
@@ -75,27 +77,50 @@ def test_every_cited_figure_of_the_readme_resolves_and_rounds():
         assert all(same(a, b) for a, b in zip(shown, values, strict=True)), (line, values)
 
 
-def test_no_table_row_of_results_goes_without_a_source():
-    section = README.partition("## Results")[2].partition("## The paper's figures")[0]
-    for line in section.splitlines():
-        if line.startswith("|") and re.search(r"\d\.\d{3,4}", line):
-            assert "<!-- results/" in line or "as published" in line, line
+@pytest.mark.parametrize("section", [
+    RESULTS.partition("## The paper's figures")[0],
+    README.partition("## The result in five rows")[2].partition("## Set up")[0]])
+def test_no_table_row_of_results_goes_without_a_source(section):
+    rows = [line for line in section.splitlines()
+            if line.startswith("|") and re.search(r"\d\.\d{3,4}", line)]
+    assert len(rows) >= 5
+    for line in rows:
+        assert "<!-- results/" in line or "as published" in line, line
+
+
+def test_the_readme_is_short_and_quotes_the_round_loop_as_it_is():
+    assert README.count("\n") <= 150
+    quoted = README.partition("```python\n")[2].partition("```")[0]
+    source = (ROOT / "train_federated.py").read_text("utf-8")
+    body = source.partition("def train(")[2].partition("\ndef ")[0]
+    lines = [line.strip() for line in quoted.splitlines() if line.strip()]
+    assert len(lines) > 10
+    place = 0
+    for line in lines:  # every line, in this order
+        place = body.index(line, place) + len(line)
+    assert "job.collect" in quoted and "average.result()" in quoted
+
+
+def test_links_of_the_texts_lead_somewhere():
+    found = [(page, target) for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+             for target in re.findall(r"\]\(([^):#]+)\)", page.read_text("utf-8"))]
+    assert len(found) >= 6
+    assert not [target for page, target in found if not (page.parent / target).exists()]
 
 
 class Parsed(Exception):
     pass
 
 
-COMMANDS = sorted({c for text in (CLAIMS, README, LESSONS) for c in
-                   re.findall(r"(?:^|[`/ ])((?:python|torchrun) [^`\n#|]*?\.py[^`\n#|]*)", text,
-                              re.MULTILINE)})
+PATTERN = r"(?:^|[`/ ])((?:python|torchrun) (?:-m reporting|[^`\n#|]*?\.py)[^`\n#|]*)"
+COMMANDS = sorted({c for text in TEXTS for c in re.findall(PATTERN, text, re.MULTILINE)})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_parses(command, monkeypatch, tmp_path):
     """Up to the point where arguments are read, and no further."""
     words = command.replace("...", "").split()
-    place = next(i for i, w in enumerate(words) if w.endswith(".py"))
+    place = next(i for i, w in enumerate(words) if w.endswith(".py") or w.startswith("reporting."))
     original = argparse.ArgumentParser.parse_args
 
     def parse(self, *a, **k):
@@ -113,5 +138,5 @@ def test_every_command_parses(command, monkeypatch, tmp_path):
 
 def test_the_readme_names_every_script():
     for file in ROOT.glob("*.py"):
-        assert f"`{file.name}`" in README or f"{file.name} " in README, file.name
+        assert f"{file.name}" in README or file.name == "checks.py", file.name
     assert len(COMMANDS) > 30

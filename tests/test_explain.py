@@ -86,7 +86,7 @@ def test_the_explained_function_is_the_evaluated_one(explained, tree):
     for subject in explain.of_the_run(out, trained, 3):
         written = np.exp(test.logits[test.paths.index(subject.path)])
         assert subject.p == pytest.approx(written, abs=1e-5)
-        again = explain.classifier(trained)(subject.pixels[None])[0]
+        again = inference.probabilities(trained, subject.pixels[None])[0]
         assert again == pytest.approx(written, abs=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The six exercises of LESSONS.md, made at toy size: the change applies, and does what it says."""
+"""The six exercises of docs/lessons.md at toy size: the change applies, and does what it says."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ from training import evaluation
 
 ROOT = Path(__file__).parent.parent
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")]
-        for line in (ROOT / "LESSONS.md").read_text("utf-8").splitlines()
+        for line in (ROOT / "docs/lessons.md").read_text("utf-8").splitlines()
         if re.match(r"\| \d\. ", line)]
 
 

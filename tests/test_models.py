@@ -1,5 +1,6 @@
 """Networks: sizes, heads, BatchNorm by isinstance, weights in and out, refusals."""
 
+import argparse
 import io
 import pickle
 
@@ -13,6 +14,7 @@ from torch import nn
 import models
 from checks import InputError
 from reporting import architecture
+from training import evaluation
 
 
 @pytest.mark.parametrize("name,parameters,batchnorms,entries", [
@@ -131,7 +133,9 @@ def test_state_dict_file_in_half_precision(imagenet_like, tmp_path, capsys):
 def test_model_pt_of_ours_round_trip(tmp_path, capsys):
     model = models.build("resnet18", 4, seed=5)
     classes = ["a", "b", "c", "d"]
-    content = models.bundle(model, model.state_dict(), "resnet18", classes, image_size=32)
+    args = argparse.Namespace(model="resnet18", image_size=32, remove=[])
+    content = evaluation.bundle(args, model, classes, {
+        "epoch": 1, "state": model.state_dict(), "local_bn": {}})
     models.save(content, tmp_path / "model.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
     loaded = models.read_file(tmp_path / "model.pt")

@@ -1,7 +1,7 @@
 """Selection on validation, and the one look at the test part: the same for both trainers.
 
 The best state is the one of the lowest validation loss, the earliest on ties. The test part is read
-once, after training. Folds, and hospitals that train alone, are runs of their own, pooled here.
+once, after training has ended.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from reporting import metrics, report, run_folder
 
 @torch.no_grad()
 def predict(model: torch.nn.Module, images: data.Images, indices: np.ndarray) -> torch.Tensor:
-    """Logits float32 [n, C] on the CPU, in eval mode and full precision; the state stays."""
+    """Logits float32 [n, C] on the CPU, in eval mode and full precision. No weight changes."""
     device = next(model.parameters()).device
     model.eval()
     batches = torch.from_numpy(indices).split(data.EVAL_BATCH)
@@ -28,10 +28,8 @@ def predict(model: torch.nn.Module, images: data.Images, indices: np.ndarray) ->
 
 class Evaluation:
     """Logits of the validation or test part under a state.
-
     `shares`: with `--bn local` there is no single global model: each client, its own BatchNorm in
-    place, is measured on its own share of a part, and the shares are pooled.
-    """
+    place, is measured on its own share of a part, and the shares are pooled."""
 
     def __init__(self, model: torch.nn.Module, images: data.Images, split: splits.Split,
                  shares: dict[str, list[np.ndarray]] | None = None) -> None:
@@ -49,20 +47,20 @@ class Evaluation:
         return pooled
 
     def tally(self, part: str, state: models.State, local_bn: dict | None = None) -> list:
-        """[n, correct answers, sum of losses]: what selection needs, and sums over processes."""
+        """[n, correct answers, sum of losses]: enough for selection, and sums over processes."""
         labels = self.images.labels.numpy()[self.split[part]]
         logits = self.logits(part, state, local_bn).astype(np.float64)
         losses = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
         return [len(labels), int((logits.argmax(1) == labels).sum()), float(losses.sum())]
 
     def measure(self, part: str, logits: np.ndarray) -> dict:
-        """Pooled metrics; per client too where there are shares."""
-        labels, classes = self.images.labels.numpy(), self.images.classes
-        m = metrics.measure(logits, labels[self.split[part]], classes)
+        """Metrics of the whole part, and of each client on its share where there are shares."""
+        labels, classes = self.images.labels.numpy()[self.split[part]], self.images.classes
+        m = metrics.measure(logits, labels, classes)
         if self.shares:
             rows = [np.searchsorted(self.split[part], share) for share in self.shares[part]]
-            m["clients"] = [metrics.measure(logits[r], labels[self.split[part]][r], classes)
-                            if len(r) else None for r in rows]
+            m["clients"] = [metrics.measure(logits[r], labels[r], classes) if len(r) else None
+                            for r in rows]
         return m
 
 
@@ -77,7 +75,7 @@ def validation(tally: list) -> dict:
 
 
 def val_losses(history: list[dict]) -> list[float]:
-    """Validation losses so far. A round without a defined one counts as infinitely bad."""
+    """Validation losses so far. A round without a defined loss counts as infinitely bad."""
     return [np.inf if r["val_loss"] is None else r["val_loss"] for r in history]
 
 
@@ -88,7 +86,7 @@ def best_index(history: list[dict]) -> int:
 
 
 def is_stale(history: list[dict], patience: int) -> bool:
-    """Early stopping: the last `patience` validations (0 = never) brought nothing better."""
+    """Whether to stop early: the last `patience` validations (0 = never stop) were not better."""
     return 0 < patience <= len(history) - 1 - best_index(history) if history else False
 
 
@@ -111,18 +109,20 @@ def unit_of(record: dict) -> str:
 
 def bundle(args: argparse.Namespace, model: torch.nn.Module, classes: list[str],
            checkpoint: dict) -> dict:
-    """The content of model.pt for a checkpoint."""
-    unit = unit_of(checkpoint)
-    return models.bundle(
-        model, checkpoint["state"], args.model, classes, local_bn=checkpoint["local_bn"],
-        image_size=args.image_size, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD,
-        interventions=interventions.chosen(args), **{unit: checkpoint[unit]})
+    """The content of model.pt for a checkpoint: loads with weights_only=True, and suffices to use
+    the network on new images."""
+    unit, head = unit_of(checkpoint), models.head_name(model)
+    return {"state": {key: value.cpu() for key, value in checkpoint["state"].items()},
+            "model": args.model, "classes": list(classes),
+            "head": [f"{head}.weight", f"{head}.bias"], "local_bn": checkpoint["local_bn"],
+            "image_size": args.image_size, "mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD,
+            "interventions": interventions.chosen(args), unit: checkpoint[unit]}
 
 
 def save_progress(folder: Path, args: argparse.Namespace, model: torch.nn.Module,
                   classes: list[str], checkpoint: dict) -> None:
-    """model.pt if the state is the best so far, a line of history, last.pt: in this order, so that
-    a kill in between only repeats the round or epoch."""
+    """Write model.pt if the state is the best so far, then a line of history, then last.pt: in this
+    order, a kill in between only makes the round or epoch be repeated."""
     history = checkpoint["history"]
     if best_index(history) == len(history) - 1:
         models.save(bundle(args, model, classes, checkpoint), folder / "model.pt")
@@ -132,10 +132,8 @@ def save_progress(folder: Path, args: argparse.Namespace, model: torch.nn.Module
 
 def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, checkpoint: dict,
            clients: list[np.ndarray] | None = None) -> dict:
-    """After training: the test part, for the first time; predictions, results, figures, report.
-
-    The folder holds the best model in model.pt. Returns what results.json holds.
-    """
+    """After training: measure the test part, for the first time; write predictions, results and the
+    report. The best model is read from model.pt. Returns what results.json holds."""
     images, split = evaluation.images, evaluation.split
     best = models.read_file(folder / "model.pt")
     history, unit = checkpoint["history"], unit_of(checkpoint)
@@ -155,7 +153,6 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, check
 def finish_job(job, folder: Path | None, args: argparse.Namespace, evaluation: Evaluation,
                checkpoint: dict, clients: list[np.ndarray]) -> None:
     """The end of a federated run, at every process of its job (`processes.Job`).
-
     The server finishes the run. Hospitals with images of their own each finish a run of their own
     on their own test part, and the server pools what they may tell: confusion matrices and losses.
     """

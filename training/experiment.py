@@ -33,9 +33,7 @@ class Experiment:
 
 def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
     """Build and check what the flags of either trainer describe. Raises InputError.
-
-    facts: receives what must be equal in all processes of the job.
-    """
+    facts: receives what must be equal in all processes of the job."""
     if args.data is None:
         warn(f"SYNTHETIC DATA: no --data given. Drawn smears, {args.model} at {args.image_size} "
              f"pixels, weights {args.weights}, batch {args.batch_size}, rate {args.lr:g}, "
@@ -70,8 +68,8 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
 
 
 def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experiment) -> dict:
-    """Where a federated run stands, at every process: its checkpoint, or its beginning. Writes the
-    split of a new run; moves the pixels to the training device, where batches are gathered."""
+    """The checkpoint of a federated run, or its beginning, at every process. Writes the split of a
+    new run, and moves the pixels to the training device, where batches are gathered."""
     (split,) = run.several.values()
     state = models.moved(run.model.state_dict(), "cpu")
     checkpoint = {"round": 0, "state": state, "local_bn": {}, "history": []}
@@ -89,14 +87,7 @@ def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experime
     return checkpoint | {"state": models.moved(checkpoint["state"], run.device), "local_bn": moved}
 
 
-def weighted(recipe: fedavg.Recipe, args: argparse.Namespace, counts: list[int],
-             device: torch.device) -> fedavg.Recipe:
+def weighted(args: argparse.Namespace, run: Experiment, counts: list[int]) -> fedavg.Recipe:
     """The recipe with the class weights of eq. 3 for a training part with these class sizes."""
-    if args.class_weights == "none":
-        return recipe
-    return replace(recipe, class_weights=fedavg.class_weights(np.array(counts), device))
-
-
-def class_counts(images: data.Images, indices: np.ndarray) -> list[int]:
-    """How many of these images each class has."""
-    return np.bincount(images.labels.numpy()[indices], minlength=len(images.classes)).tolist()
+    weights = fedavg.class_weights(np.array(counts), run.device)
+    return replace(run.recipe, class_weights=None if args.class_weights == "none" else weights)

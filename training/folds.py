@@ -11,11 +11,9 @@ from training import evaluation
 
 
 def pool_folds(folder: Path, images: data.Images, several: dict[str, splits.Split]) -> dict:
-    """Results, curves and report of a run that consists of `several` runs in folders of their own.
-
+    """Results, curves and report of a run that consists of `several` runs, each in its own folder.
     Means over them with sample standard deviation. Where their test parts are disjoint (folds),
-    every image has one prediction made without it: those are pooled, with intervals.
-    """
+    every image has one prediction made without it: those are pooled, with intervals."""
     members = {name: run_folder.read_json(folder / name / "results.json") for name in several}
     first, tests = next(iter(members.values())), {n: m["best"]["test"] for n, m in members.items()}
     results = {key: first[key] for key in ("data", "synthetic", "fingerprint", "model")}

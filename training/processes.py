@@ -131,7 +131,7 @@ class Job:
                 self._stop(f"{key} of rank {', '.join(others)} differs from rank 0's")
 
     def _stop(self, message: str) -> None:
-        """End every process; rank 0 says why."""
+        """End this process; every other one comes here too, and rank 0 prints the message."""
         raise InputError(message) if self.rank == 0 else SystemExit(2)
 
     def claim(self) -> bool:
@@ -147,11 +147,11 @@ class Job:
         return [k for k in chosen if k % self.world == self.rank]
 
     def part(self, indices: np.ndarray) -> np.ndarray:
-        """What this process measures: everything at rank 0, its own at each hospital."""
+        """What this process measures: the whole part at rank 0 and at a hospital, else nothing."""
         return indices if self.rank == 0 or self.sites else indices[:0]
 
     def exchange(self, kind: str, value: object) -> list:
-        """The value of every process, in rank order, at every process. JSON types only."""
+        """Tell all processes this one's value (JSON types); returns all values in rank order."""
         values = []
         for source in range(self.world):
             text = as_bytes(value)
@@ -168,7 +168,7 @@ class Job:
         return [sum(column) for column in zip(*self.exchange(kind, numbers), strict=True)]
 
     def share(self, kind: str, state: State) -> State:
-        """Rank 0's tensors, at every process, in the entries and the layout of `state`."""
+        """Give every process rank 0's tensors, which have the entries and the layout of `state`."""
         if self.world == 1:
             return state
         flat = models.pack(state)
@@ -202,14 +202,14 @@ class Job:
                 yield self._receive(k % self.world, like)
 
     def _public(self, update: Update) -> Update:
-        """The update less what a hospital keeps to itself; with its name."""
+        """The update without what a hospital keeps to itself, and with the hospital's name."""
         if not self.sites:
             return update
         record = {key: value if key in SHARED else None for key, value in update.record.items()}
         return update._replace(record={"site": self.sites[update.client_id]} | record)
 
     def _send(self, update: Update) -> list[tuple]:
-        """Begin to send an update to rank 0; what `_arrive` must wait for."""
+        """Begin to send an update to rank 0. Returns what `_arrive` must wait for."""
         header = as_bytes([update.client_id, update.num_examples, update.record], HEADER)
         parcels = [("header", header), *(("update", flat) for flat in models.pack(update.state))]
         return [(tensor, self._cross(kind, dist.isend, tensor, 0, sends=True))
@@ -240,7 +240,7 @@ class Job:
 
     def share_round(self, state: State, local_bn: dict[int, State], records: list[dict],
                     ) -> tuple[State, dict[int, State], list[dict]]:
-        """The server's memory after a round, at every process."""
+        """Give every process the memory that the server has after a round."""
         names = [sorted(local_bn), list(next(iter(local_bn.values()), {})), records]
         clients, keys, records = self.exchange("records", names)[0]
         empty = {key: state[key] for key in keys}
@@ -248,7 +248,7 @@ class Job:
                 {k: self.share("state", local_bn.get(k, empty)) for k in clients}, records)
 
     def resume(self, checkpoint: dict | None, state: State) -> dict:
-        """Rank 0's checkpoint, at every process. state: one with the entries of the network."""
+        """Give every process rank 0's checkpoint. state: one with the network's entries."""
         lead = checkpoint or {"round": 0, "state": state, "history": [], "local_bn": {}}
         done, history = self.exchange("records", [lead["round"], lead["history"]])[0]
         shared, local_bn, _ = self.share_round(lead["state"], lead["local_bn"], [])
