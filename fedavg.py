@@ -26,7 +26,7 @@ from checks import InputError, warn
 from dataset.augment import Augmentation
 from models import State
 
-Key = tuple[int, int, int]  # (seed, round, client): what a client's random draws depend on
+Key = tuple[int, int, int]  # (seed, round, client): with the epoch, all that random draws need
 Progress = Callable[[int], object]  # is told how many images each step trained on
 
 
@@ -42,7 +42,7 @@ class Recipe:
     clip: float = 1.0  # largest global norm of the gradient; 0 switches clipping off
     label_smoothing: float = 0.0
     sampler: str = "shuffle"
-    expand: int = 1  # how often each image is drawn in an epoch
+    expand: int = 1  # an epoch draws n · expand images
     mu: float = 0.0  # weight of FedProx's proximal term; 0 is FedAvg
     class_weights: Tensor | None = None  # w_c of eq. 3, float32 [C]; None weighs classes equally
     augmentation: Augmentation | None = None
@@ -60,8 +60,8 @@ class Update(NamedTuple):
 # ---- the server -------------------------------------------------------------------------------
 
 def sample_clients(num_clients: int, fraction: float, seed: int, round_index: int) -> list[int]:
-    """max(1, round(fraction · K)) clients in ascending order, drawn uniformly (Algorithm 1): a
-    client's size counts once, as its weight in the average, and must not count here again."""
+    """max(1, round(fraction · K)) clients in ascending order (Algorithm 1). Drawn uniformly: the
+    size of a client is its weight in the average, and must not count twice."""
     rng = np.random.default_rng(random_keys(seed, round_index))
     count = max(1, round(fraction * num_clients))
     return sorted(rng.choice(num_clients, count, replace=False).tolist())
@@ -74,7 +74,7 @@ def accept(update: Update, records: list[dict], local_bn: dict[int, State],
     finite = models.is_finite(update.state)
     records.append({"client": update.client_id, "num_examples": update.num_examples,
                     **update.record, "left_out": not finite})
-    if not finite:  # one NaN would spoil the whole average; the weights are then those of the rest
+    if not finite:  # one NaN would spoil the whole average; the others are divided by their own n_k
         records[-1]["update_norm"] = None
         warn(f"the update of client {update.client_id} is not finite and is LEFT OUT of the mean")
         return None
@@ -129,8 +129,8 @@ def train_client(model: nn.Module, start: State, images: data.Images, indices: n
                  recipe: Recipe, key: Key, progress: Progress = lambda n: None) -> Update:
     """ClientUpdate(k, θ) of Algorithm 1: train from `start` on the client's own images.
 
-    indices: int64 [n_k] into `images`. The update's state is the memory of `model` itself: it is
-    good until the next client trains. Raises InputError as `train_local` does.
+    indices: int64 [n_k] into `images`. The update's state is no copy but the memory of `model`: the
+    next client's training overwrites it. Raises InputError as `train_local` does.
     """
     model.load_state_dict(start)
     optimizer, scaler = make_optimizer(model, recipe)  # fresh: clients keep nothing
@@ -148,9 +148,9 @@ def train_local(model: nn.Module, images: data.Images, indices: np.ndarray, reci
                 key: Key, progress: Progress = lambda n: None) -> dict:
     """Train `model` in place on `indices`; returns images, steps, loss, accuracy, skipped_steps.
 
-    An epoch draws m = n · expand images in ⌈m/B⌉ steps; a last batch of a single image is dropped
-    (where B > 1). Loss and accuracy are means over the augmented images that were seen. The
-    caller's random state is left as it was. Raises InputError for one image under BatchNorm.
+    An epoch draws m = n · expand images in ⌈m/B⌉ steps. A last batch of a single image is dropped
+    (65 images at B = 32 are 2 steps). Loss and accuracy are means over the augmented images seen.
+    The caller's random state is left as it was. InputError for one image under BatchNorm.
     """
     if len(indices) == 1 and models.needs_batch(model):
         raise InputError(f"client {key[2]} owns one image, too few for BatchNorm")
@@ -199,7 +199,7 @@ def train_step(model: nn.Module, batch: Tensor, targets: Tensor, recipe: Recipe,
     scaler.unscale_(optimizer)  # before clipping: the threshold is meant for true gradients
     if recipe.clip:
         nn.utils.clip_grad_norm_(parameters, recipe.clip)
-    scale = scaler.get_scale()  # 1 where nothing is scaled, without waiting for the device
+    scale = scaler.get_scale()  # it falls where float16 overflowed and the step was skipped
     scaler.step(optimizer)
     scaler.update()
     hits = (logits.detach().argmax(1) == targets).sum()

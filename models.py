@@ -1,7 +1,4 @@
-"""Networks: build, freeze, initialise, save and load; and which of their entries are BatchNorm's.
-
-The paper's Table 3 for any torchvision classifier: `python -m reporting.architecture resnet50`.
-"""
+"""Networks: build, freeze, initialise, save and load; which of their entries are BatchNorm's."""
 
 import argparse
 import os
@@ -232,25 +229,27 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
 
 @torch.no_grad()
 def batchnorm_moments(model: nn.Module, state: State, batches: Iterable[Tensor]) -> State:
-    """Mean and mean square of the input of each BatchNorm layer under `state`, float64.
-    They stand under the keys of running_mean and running_var, averaged over the batches. batches: a
-    client's own training images, unaugmented. `model` is working memory."""
+    """Mean and mean square of the input of each BatchNorm layer under `state`, float64, over all
+    images of `batches`: a client's own training images, unaugmented and in mixed order. They have
+    the keys of running_mean and running_var. `model` is working memory."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, BATCHNORM)}
-    momenta = {name: layer.momentum for name, layer in layers.items()}
+    momenta, sums, n = {name: layer.momentum for name, layer in layers.items()}, {}, 0
     model.load_state_dict(state)
     model.eval()
     for layer in layers.values():
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
+        layer.momentum = 1.0  # the running statistics are then those of the latest batch
         layer.train()
     for batch in batches:
         model(batch)
-    moments = {}
+        n += len(batch)
+        for name, layer in layers.items():
+            mean = layer.running_mean.double()
+            square = layer.running_var.double() + mean.square()
+            for key, value in ((f"{name}.running_mean", mean), (f"{name}.running_var", square)):
+                sums[key] = sums.get(key, 0) + len(batch) * value
     for name, layer in layers.items():
         layer.momentum = momenta[name]
-        mean = moments[f"{name}.running_mean"] = layer.running_mean.double()
-        moments[f"{name}.running_var"] = layer.running_var.double() + mean.square()
-    return moments
+    return {key: value / n for key, value in sums.items()}
 
 
 def pooled_batchnorm(state: State, moments: State) -> State:

@@ -97,9 +97,10 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
                 split: splits.Split, start: models.State, client_id: int = 0) -> None:
     """Train from `start` on split["train"] with one lasting optimiser, epoch by epoch; then finish.
 
-    Goes on from the folder's checkpoint where there is one; a complete run is left as it is. Draws
-    what client `client_id` draws in round 1, so that one round of one client is the same run.
-    Raises FloatingPointError where the weights stop being finite."""
+    Goes on from the folder's checkpoint; a complete run is left as it is. Draws what client
+    `client_id` draws in round 1, so that one round of one client is the same run. Raises
+    FloatingPointError where the weights stop being finite.
+    """
     if (folder / "results.json").exists():
         return
     model, images = run.model, run.images
@@ -148,10 +149,11 @@ def make_checkpoint(epoch: int, state: models.State, history: list[dict], traine
 
 def make_record(epoch: int, lr: float, record: dict, tally: list, seconds: float) -> dict:
     """One line of history.jsonl; without a validation its figures are null."""
-    return {"epoch": epoch, "lr": lr, **evaluation.validation(tally), "train_loss": record["loss"],
-            "train_accuracy": record["accuracy"],
-            **{key: record[key] for key in ("images", "steps", "skipped_steps")},
-            "seconds": seconds, "images_per_second": record["images"] / seconds}
+    return evaluation.without_nan({
+        "epoch": epoch, "lr": lr, **evaluation.validation(tally), "train_loss": record["loss"],
+        "train_accuracy": record["accuracy"],
+        **{key: record[key] for key in ("images", "steps", "skipped_steps")},
+        "seconds": seconds, "images_per_second": record["images"] / seconds})
 
 
 def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experiment,

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=number(0, open_low=True), default=1800.0,
         help="seconds that a process waits for another (default 1800)")
     add("--site-data", nargs="+", metavar="NAME=DIR", help="instead of --data: every process is a "
-        "hospital that reads its own folder; those of this machine's processes, in order")
+        "hospital that reads its own folder; one NAME=DIR for each process of this machine")
     add("--classes", nargs="+", metavar="CLASS", help="of all hospitals (default: the four)")
 
 
@@ -57,8 +57,10 @@ def defaults(args: argparse.Namespace) -> dict:
 def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
           run: experiment.Experiment) -> None:
     """The round loop of Algorithm 1, from the last checkpoint on, then the test part.
-    Every process of a job runs these lines with the same values; one without a folder writes
-    nothing. Raises FloatingPointError where no update of a round is finite."""
+
+    Every process of a job runs these lines. Rank 0 is the server: it averages, and it alone has a
+    folder and writes. Raises FloatingPointError where no update of a round is finite.
+    """
     checkpoint = experiment.start(args, job, folder, run)
     state, local_bn, history = (checkpoint[key] for key in ("state", "local_bn", "history"))
     model, images, clients, (split,) = run.model, run.images, run.clients, run.several.values()
@@ -66,8 +68,10 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
     counts = job.total("counts", images.class_counts(parts["train"]))
     first_recipe = experiment.weighted(args, run, counts)
     bn_keys = models.batchnorm_keys(model) if args.bn == "local" else []
-    measured = evaluation.Evaluation(model, images, parts, shares=deal_shares(
-        args, images, parts, clients))
+    # FedBN has no single global model: each client is measured on a share of its own class mix.
+    shares = {name: splits.deal_like(images.labels.numpy(), parts[name], clients, args.split_seed)
+              for name in ("val", "test") if args.bn == "local"}
+    measured = evaluation.Evaluation(model, images, parts, shares)
 
     def train_client(k: int) -> fedavg.Update:  # ClientUpdate(k, θ) of Algorithm 1
         start = state | local_bn.get(k, {})  # FedBN: with the client's own BatchNorm entries
@@ -75,7 +79,7 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
                                    (args.seed, round_index, k), bar.update)
 
     for round_index in range(checkpoint["round"] + 1, args.rounds + 1):
-        if evaluation.is_stale(history, args.early_stop):  # first: a resumed run must stop too
+        if evaluation.is_stale(history, args.early_stop):  # checked first, for resumed runs
             print(f"early stop: no better validation loss for {args.early_stop} rounds")
             break
         began = time.perf_counter()
@@ -88,7 +92,7 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
                 if entries is not None:  # None: not finite, left out
                     average.add(entries, update.num_examples)  # n_k θ_k joins the sum
         state = state | average.result()  # θ ← Σ n_k θ_k / Σ n_k, over the clients of this round
-        state, local_bn, records = job.share_round(state, local_bn, records)  # every process knows
+        state, local_bn, records = job.share_round(state, local_bn, records)  # from rank 0 to all
         kept = fedavg.kept(records)  # raises where no update was finite
         if args.bn == "recalibrate":
             state = recalibrate(job, model, state, images, clients, kept)
@@ -103,24 +107,15 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
     evaluation.finish_job(job, folder, args, measured, checkpoint, clients)
 
 
-def deal_shares(args: argparse.Namespace, images: data.Images, parts: splits.Split,
-                clients: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
-    """FedBN has no single global model: validation and test images are dealt to the clients in the
-    class mix of each, and a client is measured on its share. {} for every other --bn."""
-    if args.bn != "local":
-        return {}
-    return {part: splits.deal_like(images.labels.numpy(), parts[part], clients, args.split_seed)
-            for part in ("val", "test")}
-
-
 def recalibrate(job: processes.Job, model: torch.nn.Module, state: models.State,
                 images: data.Images, clients: list[np.ndarray], kept: list[int]) -> models.State:
     """`state` with the BatchNorm statistics of the averaged network itself: every client runs its
     own training images, unaugmented, through it, and the moments are pooled."""
     def moments(k: int) -> fedavg.Update:
-        rows = data.batch_slices(torch.from_numpy(clients[k]), data.EVAL_BATCH)
-        batches = (data.eval_batch(images, row, images.pixels.device) for row in rows)
-        found = models.batchnorm_moments(model, state, batches)
+        mixed = torch.from_numpy(np.random.default_rng(k).permutation(clients[k]))  # classes too
+        found = models.batchnorm_moments(model, state, (
+            data.eval_batch(images, rows, images.pixels.device)
+            for rows in data.batch_slices(mixed, data.EVAL_BATCH)))
         return fedavg.Update(k, len(clients[k]), found, {})
     average = fedavg.WeightedAverage()
     like = {key: state[key].double() for key in models.moment_keys(model)}
@@ -145,11 +140,11 @@ def make_record(round_index: int, lr: float, clients: list[dict], tally: list,
     pooled = {f"train_{key}": None if kept[0][key] is None else
               sum(c[key] * c["images"] for c in kept) / sum(c["images"] for c in kept)
               for key in ("loss", "accuracy")}
-    clients = [{key: None if isinstance(value, float) and not np.isfinite(value) else value
-                for key, value in c.items()} for c in clients]  # JSON has no NaN
-    return {"round": round_index, "lr": lr, **evaluation.validation(tally), **pooled,
-            "images": images, "steps": sum(c["steps"] for c in clients), "clients": clients,
-            "seconds": seconds, "images_per_second": images / seconds}
+    return evaluation.without_nan({
+        "round": round_index, "lr": lr, **evaluation.validation(tally), **pooled,
+        "images": images, "steps": sum(c["steps"] for c in clients),
+        "clients": [evaluation.without_nan(c) for c in clients],
+        "seconds": seconds, "images_per_second": images / seconds})
 
 
 def main(argv: list[str] | None = None, job: processes.Job | None = None) -> None:

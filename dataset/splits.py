@@ -68,8 +68,7 @@ def _stratified(indices: np.ndarray, labels: np.ndarray, size: float, seed: int)
 
 
 def _take_groups(groups: list[str], sizes: list[int], seed: int) -> list[list[int]]:
-    """Deal whole groups in random order, each to the first part that has room for it; the groups
-    for which no part has room form a last part."""
+    """Deal whole groups in random order, each to the first part with room; the rest is the last."""
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
@@ -88,8 +87,7 @@ def file_number(path: str) -> tuple:
 
 
 def _blocked(labels: np.ndarray, paths: list[str]) -> list[list[int]]:
-    """Per class in the order of file numbers: training part, 30 files dropped, 10 % validation, 30
-    files dropped, 10 % test."""
+    """Per class by file number: training, 30 dropped, 10 % validation, 30 dropped, 10 % test."""
     train, val, test = [], [], []
     for c in np.unique(labels):
         order = sorted(np.flatnonzero(labels == c), key=lambda i: file_number(paths[i]))

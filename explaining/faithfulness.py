@@ -30,7 +30,6 @@ def deletion_area(classify: Callable[[Tensor], np.ndarray], pixels: Tensor, targ
                   order: np.ndarray) -> float:
     """Area under the probability of `target` while cells are painted over in `order` (RISE, Petsiuk
     et al. 2018), trapezoid over the share removed, 0..1; lower = the order finds the evidence.
-
     pixels: uint8 [3, H, W]; the paint is the image's mean colour. order: GRID² cells. Compare with
     random orders of the same cells only: the paint itself disturbs the network."""
     rank = np.empty(GRID**2, dtype=np.int64)

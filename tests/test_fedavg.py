@@ -314,6 +314,19 @@ def test_bn_recalibrate_gives_the_pooled_moments_of_the_averaged_model():
     assert model.norm.momentum == 0.1
 
 
+def test_moments_are_over_all_images_however_they_fall_into_batches():
+    """By hand: 4 black and 12 white images. The mean of batch variances would be 0, and batches of
+    unequal size would weigh alike."""
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    batches = [torch.zeros(4, 3, 2, 2), torch.ones(12, 3, 2, 2)]
+    found = models.batchnorm_moments(model, model.state_dict(), batches)
+    assert list(found) == models.moment_keys(model) == ["0.running_mean", "0.running_var"]
+    for value in found.values():
+        assert value.tolist() == [0.75] * 3
+    pooled = models.pooled_batchnorm(model.state_dict(), found)
+    assert pooled["0.running_var"].tolist() == [0.1875] * 3  # 0.75 - 0.75²
+
+
 def test_frozen_layers_do_not_move_and_their_batchnorm_stays_in_eval():
     images, model = toy_images(8), BNNet()
     models.freeze(model, "downsample")

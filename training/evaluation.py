@@ -1,7 +1,7 @@
 """Selection on validation, and the one look at the test part: the same for both trainers.
 
-The best state is the one of the lowest validation loss, the earliest on ties. The test part is read
-once, after training has ended.
+The best state is the one of the lowest validation loss, the earliest on ties. The test part is
+measured after training only.
 """
 
 import argparse
@@ -72,6 +72,12 @@ def validation(tally: list) -> dict:
     n, hits, loss = tally
     return {"val_loss": loss / n if n and np.isfinite(loss) else None,
             "val_accuracy": hits / n if n else None}
+
+
+def without_nan(record: dict) -> dict:
+    """The record with None for figures that are not finite: JSON has no NaN."""
+    return {key: None if isinstance(value, float) and not np.isfinite(value) else value
+            for key, value in record.items()}
 
 
 def val_losses(history: list[dict]) -> list[float]:

@@ -147,7 +147,7 @@ class Job:
         return [k for k in chosen if k % self.world == self.rank]
 
     def part(self, indices: np.ndarray) -> np.ndarray:
-        """What this process measures: the whole part at rank 0 and at a hospital, else nothing."""
+        """What this process measures: a hospital its own, else rank 0 all and others nothing."""
         return indices if self.rank == 0 or self.sites else indices[:0]
 
     def exchange(self, kind: str, value: object) -> list:

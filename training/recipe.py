@@ -34,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--class-weights", choices=("inverse", "none"), default="inverse", help="w_c of eq. 3")
     add("--label-smoothing", type=number(0, 1), default=0.0, help="share (default 0)")
     add("--sampler", choices=data.SAMPLERS, default="shuffle", help="how an epoch draws images")
-    add("--expand", type=integer(1), default=1, help="how often an epoch draws each image")
+    add("--expand", type=integer(1), default=1, help="an epoch draws this times n images")
     add("--augment", choices=AUGMENTATIONS, default="paper", help="paper: Table 2; translate: with "
         "shifts by up to 10 %% of the side as well (Table 3); none: images as they are")
     add("--plateau", type=integer(0), default=5,
-        help="the rate is cut by 5 after so many validations without a better loss; 0 = never")
+        help="the rate is divided by 5 after more validations without a better one; 0 = never")
     add("--early-stop", type=integer(0), default=10,
-        help="training stops after so many validations without a better loss; 0 = never")
+        help="stop after so many validations without a better one; 0 = never")
     add = parser.add_argument_group("machine").add_argument
     add("--seed", type=integer(0), default=0, help="of everything but split and partition")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
