@@ -11,6 +11,7 @@ their class names mapped to Benign, Early, Pre, Pro.
 
 import argparse
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from checks import InputError, guard, integer, make_parser, number, warn
 from dataset import interventions, splits, synthetic
 from dataset.augment import Augmentation, augment, draw_parameters
-from dataset.files import CLASSES, decode_all, find_class_folders, find_files
+from dataset.files import CLASSES, decode_all, find_class_folders, find_files, say_passed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # section 3.2.2
 SAMPLERS = ("shuffle", "balanced", "dual")
@@ -42,7 +43,7 @@ class Images:
     digests: list[str]  # sha256 of each image's decoded RGB pixels and size, before resizing
     name: str
     root: Path | None = None  # the folder that the paths are relative to
-    ignored: int = 0  # number of hidden and non-image files that were passed over
+    ignored: Counter = field(default_factory=Counter)  # files that were passed over, by suffix
     bad: list[tuple[str, str]] = field(default_factory=list)  # (path, reason), with --skip-bad
     found: Counter = field(default_factory=Counter)  # (width, height, mode) as found on disk
 
@@ -94,9 +95,13 @@ def read_folder(root: str, size: int, skip_bad: bool = False,
     folders = find_class_folders(Path(root), classes)
     names = list(classes or folders)
     base = next(iter(folders.values())).parent
-    files, labels, ignored = [], [], sum(p.is_file() for p in base.iterdir())
+    visited = {os.path.realpath(base), *map(os.path.realpath, folders.values())}
+    if len(visited) <= len(folders):
+        raise InputError(f"--data {base}: one folder under two names, by a link")
+    files, labels = [], []
+    ignored = Counter(p.suffix or p.name for p in base.iterdir() if p.is_file())
     for name, folder in folders.items():
-        label, (found, passed) = names.index(name), find_files(folder)
+        label, (found, passed) = names.index(name), find_files(folder, visited)
         if not found:
             raise InputError(f"--data: class folder {folder} has no image in it")
         files, labels, ignored = files + found, labels + [label] * len(found), ignored + passed
@@ -136,6 +141,8 @@ def _read(args: argparse.Namespace) -> Images:
     if args.data is not None:
         images = read_folder(args.data, args.image_size, args.skip_bad,
                              getattr(args, "classes", None))
+        if images.ignored:
+            warn(f"--data: passed over {say_passed(images.ignored)}")
         if images.bad:
             warn(f"--skip-bad: {len(images.bad)} unreadable image(s) left out: "
                  + ", ".join(name for name, _ in images.bad))
@@ -277,7 +284,7 @@ def describe(args: argparse.Namespace, images: Images) -> None:
     print(f"{images.name}: {len(images.paths)} images, fingerprint {images.fingerprint()[:16]}")
     for (width, height, mode), count in images.found.most_common():
         print(f"  {count} of {width}x{height} {mode}")
-    print(f"  {images.ignored} hidden or non-image file(s) ignored, {len(images.bad)} unreadable")
+    print(f"  passed over: {say_passed(images.ignored)}; {len(images.bad)} unreadable")
     for path, reason in images.bad:
         print(f"  unreadable: {path} ({reason})")
     split = make_split(args, images)

@@ -47,7 +47,7 @@ def find(paths: list[str]) -> list[tuple[Path, Path | None]]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            found += [(file, path) for file in find_files(path)[0]]
+            found += [(file, path) for file in find_files(path, set())[0]]
         elif path.exists():
             found.append((path, None))
         else:

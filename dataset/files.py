@@ -1,8 +1,10 @@
 """Files on disk: which belong to which class, and one file as 8-bit RGB pixels."""
 
+import contextlib
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +18,17 @@ CLASSES = ("Benign", "Early", "Pre", "Pro")
 CLASS_NAMES = {"benign": "Benign", "early": "Early", "pre": "Pre", "pro": "Pro",
                "[malignant] early pre-b": "Early", "[malignant] pre-b": "Pre",
                "[malignant] pro-b": "Pro"}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+# Every format that Pillow opens, less those for which it only has a stub without a decoder.
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
+            if kind in Image.OPEN and kind not in ("BUFR", "FITS", "GRIB", "HDF5", "MPEG", "WMF")}
+PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
+SERVICE = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information",
+           "lost+found"}  # folders that file servers and operating systems make
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or a service folder: nobody meant it as images."""
+    return name.startswith(".") or name.lower() in SERVICE
 
 
 def find_class_folders(root: Path, classes: list[str] | None = None) -> dict[str, Path]:
@@ -26,10 +38,17 @@ def find_class_folders(root: Path, classes: list[str] | None = None) -> dict[str
     if not root.is_dir():
         raise InputError(f"--data {root}: no such folder")
     while True:
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        original = [p for p in folders if p.name.lower() == "original"]
-        if original:
-            root = original[0]
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
+        known = {p.name.lower(): p for p in folders}
+        if parts := [p.name for p in folders if p.name.lower() in PARTS]:
+            raise InputError(f"--data {root}: {', '.join(parts)}: by their names parts of a given "
+                             "split, not classes; pass one of them, or rename them")
+        inner = "original" in known and any(p.is_dir() for p in known["original"].iterdir())
+        if inner and set(known) <= {"original", "segmented"}:
+            root = known["original"]
+        elif inner:
+            raise InputError(f"--data {root}: the classes may be the folders here or those in "
+                             f"{known['original'].name}; pass the folder that holds them alone")
         elif (len(folders) == 1 and class_name(folders[0]) not in (classes or ())
               and any(p.is_dir() for p in folders[0].iterdir())):
             root = folders[0]
@@ -54,29 +73,45 @@ def class_name(folder: Path) -> str:
     return CLASS_NAMES.get(folder.name.lower(), folder.name)
 
 
-def find_files(folder: Path) -> tuple[list[Path], int]:
-    """Image files under `folder` in ImageFolder's order, and the number of files passed over."""
+def find_files(folder: Path, visited: set[str]) -> tuple[list[Path], Counter]:
+    """Image files under `folder` in ImageFolder's order, and how many files were passed over, by
+    suffix. visited: real paths of folders that are not entered, by a link say; grows."""
     def stop(error: OSError) -> None:
         raise error
-    files, ignored = [], 0
-    for top, _, names in sorted(os.walk(folder, onerror=stop, followlinks=True)):
-        if any(part.startswith(".") for part in Path(top).relative_to(folder).parts):
-            ignored += len(names)
+    walked, files, passed = [], [], Counter()
+    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        if top != str(folder) and os.path.realpath(top) in visited:
+            passed["folder that was read already"] += 1
+            folders.clear()
             continue
+        visited.add(os.path.realpath(top))
+        passed["hidden or service folder"] += sum(map(is_hidden, folders))
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        walked.append((top, names))
+    for top, names in sorted(walked):
         for name in sorted(names):
-            if name.startswith(".") or Path(name).suffix.lower() not in SUFFIXES:
-                ignored += 1
+            if is_hidden(name) or Path(name).suffix.lower() not in SUFFIXES:
+                passed["hidden" if is_hidden(name) else Path(name).suffix or "no suffix"] += 1
             else:
                 files.append(Path(top) / name)
-    return files, ignored
+    return files, +passed
+
+
+def say_passed(passed: Counter) -> str:
+    """What was passed over, in words: `3 .txt, 1 hidden`."""
+    return ", ".join(f"{count} {kind}" for kind, count in passed.most_common()) or "nothing"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as 8-bit RGB: turned upright by its EXIF block, 16 bits scaled to 8, and
     transparent parts laid over white."""
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse whole pixels
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        if 0 < grey.max() < 2**13:  # 10 or 12 bits of a camera, stored in 16
+            raise ValueError(f"16-bit pixels of which the largest is {grey.max()} of 65535, nearly "
+                             "black: scale them to 16 bits, or save them with 8")
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white")

@@ -152,7 +152,8 @@ def head(folder: Path, run: dict, results: dict) -> str:
         f"{run['images']} images of {run['data']}; {results['images_seen']} training passes in "
         f"{results['optimizer_steps']} optimiser steps, {results['seconds']:.0f} s on "
         f"{run['machine']['device']} ({run['machine']['name']}, {run['machine']['threads']} "
-        f"threads), torch {run['machine']['torch']}, commit {run['git']}.")
+        f"threads), torch {run['machine']['torch']}, commit {run['git']}."
+        + (f" Passed over: {run['ignored_files']}." if run["ignored_files"] else ""))
 
 
 def class_table(test: dict, title: str) -> str:

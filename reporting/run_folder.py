@@ -27,6 +27,7 @@ from scipy.special import softmax
 from checks import InputError, make_parser, warn
 from data import Images, load
 from dataset import interventions
+from dataset.files import say_passed
 from dataset.splits import Split
 from models import pick_precision, read_file, save, write_whole
 
@@ -157,7 +158,8 @@ def write_run(folder: Path, args: argparse.Namespace, script: str, images: Image
         "arguments": {k: v for k, v in vars(args).items() if k not in UNRECORDED},
         "seed": args.seed, "synthetic": args.data is None, "data": images.name,
         "fingerprint": images.fingerprint(), "classes": images.classes,
-        "images": len(images.paths), "ignored_files": images.ignored, "bad_files": images.bad,
+        "images": len(images.paths), "bad_files": images.bad,
+        "ignored_files": images.ignored and say_passed(images.ignored),
         "machine": machine(device), "git": git_commit(), "launcher": launcher()})
 
 

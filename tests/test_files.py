@@ -1,0 +1,100 @@
+"""What is on disk is read in one way only where no other reading is possible."""
+
+import numpy as np
+import pytest
+from helpers import train, write_tree
+from PIL import Image, PngImagePlugin
+
+import data
+import predict
+from checks import InputError
+from dataset.files import decode_all, find_class_folders
+
+
+def picture(path, seed=0, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Train", "Valid"), ("training", "a"),
+                                   ("TEST", "b", "c")])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_parts_of_a_given_split_are_never_classes(tmp_path, names, wrapped):
+    root = tmp_path / "set" / "inner" if wrapped else tmp_path / "set"
+    for name in names:
+        write_tree(root / name, {"x": 3, "y": 3})
+    with pytest.raises(InputError, match="parts of a given split, not classes"):
+        data.read_folder(str(tmp_path / "set"), 20)
+
+
+def test_original_is_entered_only_where_nothing_else_could_be_meant(tmp_path):
+    write_tree(tmp_path / "public" / "Original", {"Benign": 2, "Early": 2})
+    write_tree(tmp_path / "public" / "Segmented", {"Benign": 2, "Early": 2})
+    assert list(find_class_folders(tmp_path / "public")) == ["Benign", "Early"]
+    write_tree(tmp_path / "both", {"Benign": 2, "Early": 2})
+    write_tree(tmp_path / "both" / "Original", {"slide1": 2, "slide2": 2})
+    with pytest.raises(InputError, match="folders here or those in Original"):
+        find_class_folders(tmp_path / "both")
+    write_tree(tmp_path / "flat", {"Original": 3, "Copy": 3})  # a class of that name
+    assert list(find_class_folders(tmp_path / "flat")) == ["Copy", "Original"]
+
+
+def test_service_folders_are_passed_over_and_counted(tmp_path, capsys):
+    root = write_tree(tmp_path / "set", {"a": 12, "b": 12})
+    for place in ("@eaDir", "a/@eaDir", "b/__MACOSX", "__MACOSX/a", "a/.cache"):
+        picture(root / place / "copy.png")
+    (root / "a" / "notes.txt").write_text("x")
+    images = data.read_folder(str(root), 20)
+    assert images.classes == ["a", "b"] and len(images.paths) == 24
+    assert images.ignored == {"hidden or service folder": 3, ".txt": 1}
+    out = train(root, tmp_path / "run", "--rounds", 1)
+    assert "passed over 3 hidden or service folder, 1 .txt" in capsys.readouterr().err
+    assert "Passed over: 3 hidden or service folder, 1 .txt" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("target", ["..", "../b", "."])
+def test_a_folder_is_visited_once(tmp_path, target):
+    root = write_tree(tmp_path / "set", {"a": 12, "b": 12})
+    (root / "a" / "up").symlink_to(target)
+    images = data.read_folder(str(root), 20)
+    assert len(images.paths) == 24 and images.labels.tolist() == [0] * 12 + [1] * 12
+    assert images.ignored["folder that was read already"] == 1
+    (root / "c").symlink_to("b")
+    with pytest.raises(InputError, match="one folder under two names"):
+        data.read_folder(str(root), 20)
+
+
+def test_every_format_that_pillow_opens_is_read_and_the_rest_is_counted(tmp_path):
+    for suffix in ("gif", "jp2", "jfif", "jpe", "tga", "TIF", "png"):
+        for name in "ab":
+            picture(tmp_path / name / f"1.{suffix}")
+    (tmp_path / "a" / "raw.dcm").write_text("x")
+    (tmp_path / "b" / "README").write_text("x")
+    images = data.read_folder(str(tmp_path), 20)
+    assert len(images.paths) == 14 and images.ignored == {".dcm": 1, "no suffix": 1}
+    assert [str(f) for f, _ in predict.find([str(tmp_path)])] == sorted(
+        str(tmp_path / p) for p in images.paths)
+
+
+def test_a_camera_with_12_bits_in_16_is_refused_and_not_read_as_black(tmp_path):
+    wide = np.linspace(0, 65535, 400).astype(np.uint16).reshape(20, 20)
+    for name, pixels in (("wide.png", wide), ("camera.tif", wide // 16), ("black.png", wide * 0)):
+        Image.fromarray(pixels).save(tmp_path / name)
+    read, camera, black = decode_all(
+        [tmp_path / name for name in ("wide.png", "camera.tif", "black.png")], 20)
+    assert read[0].max() == 255 and black[0].max() == 0
+    assert "the largest is 4095 of 65535" in camera
+
+
+def test_a_broken_exif_block_leaves_the_pixels_whole(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add(b"eXIf", b"no TIFF header at all")
+    pixels = np.arange(1200, dtype=np.uint8).reshape(20, 20, 3)
+    for name, more in (("a.png", {"pnginfo": info}), ("a.jpg", {"exif": b"Exif\0\0nothing"}),
+                       ("a.webp", {"exif": b"broken", "lossless": True})):
+        Image.fromarray(pixels).save(tmp_path / name, **more)
+        (decoded,) = decode_all([tmp_path / name], 20)
+        assert not isinstance(decoded, str), decoded
+        if name != "a.jpg":
+            assert np.array_equal(decoded[0], pixels)
