@@ -214,7 +214,7 @@ def audit_run(args: argparse.Namespace) -> None:
                                                    correct),
         "ece": metrics.calibration_error(softmax(logits, axis=1), labels)}
     result["called_benign"] = []
-    if "Benign" in images.classes:
+    if "Benign" in images.classes and set(images.classes) <= set(data.CLASSES):
         benign = images.classes.index("Benign")
         missed = np.flatnonzero((logits.argmax(1) == benign) & (labels != benign))
         result["called_benign"] = [images.paths[split["test"][i]] for i in missed]

@@ -10,6 +10,7 @@ the weights, by its share of the scale-bar corner and of the background. All in 
 
 import argparse
 import copy
+import re
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
@@ -228,6 +229,11 @@ def verdict_table(found: dict) -> str:
             "map is flat).")
 
 
+def safe(name: str) -> str:
+    """A class name as a part of a file name: short, and without what file systems refuse."""
+    return re.sub(r"[^\w.-]", "_", name)[:40]
+
+
 def write_table(out: Path, subjects: list[Subject], founds: list[dict], checks: list[dict | None],
                 classes: list[str]) -> None:
     """maps/*.npy and explanations.csv: a row per image, method and class."""
@@ -237,7 +243,7 @@ def write_table(out: Path, subjects: list[Subject], founds: list[dict], checks: 
              "scale", *keys]]
     for i, (s, found, checked) in enumerate(zip(subjects, founds, checks, strict=True)):
         for (method, target), values in found["maps"].items():
-            name = f"maps/{i:03d}-{method}-{classes[target]}.npy"
+            name = f"maps/{i:03d}-{method}-{target}-{safe(classes[target])}.npy"
             np.save(out / name, values.astype(np.float32))
             own = checked[method] if checked and target == s.targets()[0] else {}
             rows.append([s.path, "" if s.truth is None else classes[s.truth],

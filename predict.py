@@ -10,7 +10,6 @@ Exit code 1 where an image could not be read; the others are done.
 import json
 import sys
 import time
-from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +59,11 @@ def find(paths: list[str]) -> list[tuple[Path, Path | None]]:
 def read_map(path: str | None, classes: list[str]) -> dict[str, str]:
     """Folder name, in lower case → class: the run's own, the public layouts' names, or --map."""
     if path is None:
-        return {**{k: v for k, v in CLASS_NAMES.items() if v in classes},
-                **{c.lower(): c for c in classes}}
+        lower = {c.lower(): c for c in classes}
+        if len(lower) < len(classes):  # names that differ by case alone must be met exactly
+            lower = {}
+        return {k: v for k, v in CLASS_NAMES.items() if v in classes} | lower | {
+            c: c for c in classes}
     try:
         given = json.loads(Path(path).read_text("utf-8"))
         given = {str(k).lower(): v for k, v in given.items()}
@@ -83,7 +85,8 @@ def label_of(file: Path, root: Path | None, names: dict[str, str]) -> str:
     if root is None:
         return ""
     parts = [root.resolve().name, *file.relative_to(root).parent.parts]
-    return next((names[part.lower()] for part in reversed(parts) if part.lower() in names), "")
+    return next((names.get(part, names.get(part.lower())) for part in reversed(parts)
+                 if part in names or part.lower() in names), "")
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -163,17 +166,15 @@ def main(argv: list[str] | None = None) -> None:
     trained = inference.load(folder, models.pick_device(args.device), args.client)
     names, found = read_map(args.map, trained.classes), find(args.paths)
     files, labels = [f for f, _ in found], [label_of(f, root, names) for f, root in found]
-    names = chain(["predicted.csv"], (f"predicted-{n}.csv" for n in count(2)))
-    out = Path(args.out or next(folder / x for x in names if not (folder / x).exists()))
-    if out.exists():
-        raise InputError(f"--out {out}: exists already")
-    t = temperature(folder) if args.calibrate else 1.0
-    logits, seconds, bad = predict(trained if args.exact else inference.fast(trained), files, t)
-    write_csv(out, files, labels, logits, seconds, trained.classes)
+    with run_folder.reserved(args.out, folder / "predicted.csv", ".json") as out:
+        t = temperature(folder) if args.calibrate else 1.0
+        logits, seconds, bad = predict(trained if args.exact else inference.fast(trained), files, t)
+        write_csv(out, files, labels, logits, seconds, trained.classes)
+        figures = evaluate(logits, labels, trained.classes)
+        if figures is not None:
+            run_folder.write_json(out.with_suffix(".json"), figures)
     print(f"{len(files) - len(bad)} images to {out}" + (f", temperature {t:.3f}" if t != 1 else ""))
-    figures = evaluate(logits, labels, trained.classes)
     if figures is not None:
-        run_folder.write_json(out.with_suffix(".json"), figures)
         unlabelled = len(files) - len(bad) - figures["n"]
         report.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[
             figures["n"], report.show(figures["accuracy"]),

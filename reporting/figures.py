@@ -1,17 +1,22 @@
 """Every figure (PNG): curves, matrices and bars; grids of images for explanations and audits."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import softmax
 from sklearn.metrics import roc_curve
 
+from checks import warn
 from dataset.interventions import INTERVENTIONS, apply
 
 ROWS = 8  # of one page
+matplotlib.rcParams["text.parse_math"] = False  # a class may have "$" in its name
 
 
 # ---- of a run and of an audit: curves, matrices, bars ------------------------------------------
@@ -22,7 +27,21 @@ def drawing(path: Path, width: float, height: float, columns: int = 1) -> Iterat
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(1, columns, squeeze=False)[0]
     yield axes[0] if columns == 1 else axes
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    save(figure, path, 120)
+
+
+@lru_cache  # of one process one line is enough
+def say_missing(glyphs: str) -> None:
+    warn(f"note: the font of the figures lacks letters of the names in them ({glyphs})")
+
+
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure. Letters that the font lacks become boxes, and one line says so."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(path, dpi=dpi, bbox_inches="tight")
+    if any("missing from" in str(w.message) for w in caught):
+        say_missing(matplotlib.rcParams["font.family"][0])
 
 
 def plot_curves(histories: list[list[dict]], path: Path, unit: str = "epoch",
@@ -165,7 +184,7 @@ def _grid(path: Path, rows: int, titles: list[str]) -> Iterator[np.ndarray]:
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
     yield axes
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    save(figure, path, 100)
 
 
 def _name_row(axis, text: str) -> None:

@@ -10,6 +10,8 @@ from scipy.special import log_softmax
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
+from dataset.files import CLASSES
+
 BOOTSTRAP = 1000  # resamples of the percentile intervals
 BINS = 15  # of the expected calibration error
 FIGURES = ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1", "weighted_precision",
@@ -95,8 +97,9 @@ def per_class_metrics(confusion: np.ndarray, p: np.ndarray | None, labels: np.nd
 
 
 def malignant(confusion: np.ndarray, classes: list[str]) -> dict | None:
-    """Malignant (all but Benign) against Benign, Wilson intervals; None without a Benign class."""
-    if "Benign" not in classes:
+    """Malignant (all but Benign) against Benign, Wilson intervals. None unless the classes are
+    those of the ALL set, or Benign and Malignant: elsewhere what is not benign may be normal."""
+    if "Benign" not in classes or not set(classes) <= {*CLASSES, "Malignant"}:
         return None
     b = classes.index("Benign")
     benign, rest = confusion[b].sum(), confusion.sum() - confusion[b].sum()

@@ -144,8 +144,36 @@ def new_folder(out: str | None, default: str) -> Path:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if out is not None:
-                raise InputError(f"--out {out}: exists already") from None
+            if out is not None or not folder.exists():  # not there, and yet in the way
+                raise InputError(f"{folder}: exists already, or leads through a broken link"
+                                 ) from None
+
+
+@contextmanager
+def reserved(out: str | None, default: Path, companion: str) -> Iterator[Path]:
+    """The name of a file to write: `out`, or the default, numbered if taken. Held by an empty file
+    until it is written, so that two processes never take one name; free again if the work fails.
+    companion: suffix of a second file that is written beside. Raises InputError before any work."""
+    for number in itertools.count(1):
+        number = f"-{number}" if number > 1 else ""
+        path = Path(out) if out else default.with_name(f"{default.stem}{number}{default.suffix}")
+        taken = [p for p in (path, path.with_suffix(companion)) if p.exists()]
+        if out and (taken or path.suffix == companion):
+            raise InputError(f"--out {out}: " + (f"{taken[0]} exists already" if taken else
+                                                 f"must not end in {companion}"))
+        try:
+            if not taken:
+                path.touch(exist_ok=False)
+                break
+        except FileExistsError:
+            continue  # taken by another process a moment ago
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"--out {path}: there is no folder {path.parent}") from None
+    try:
+        yield path
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def write_run(folder: Path, args: argparse.Namespace, script: str, images: Images,
