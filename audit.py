@@ -190,11 +190,12 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
 def audit_run(args: argparse.Namespace) -> None:
     """A trained network against the probes, on its own test part."""
     folder = Path(args.run)
-    test, (run, images) = run_folder.read_predictions(folder), run_folder.load_images(folder)
+    run, images = run_folder.load_images(folder, args.data)
+    test = run_folder.read_predictions(folder)
     trained = inference.load(folder, models.pick_device(args.device))
     groups = (np.unique(data.read_groups(args.groups, images.paths), return_inverse=True)[1]
               if args.groups else find_groups(images)[0])
-    out = run_folder.new_folder(args.out or str(folder / "audit"), "")
+    out = run_folder.new_folder(args.out, str(folder / "audit"))
     split, _ = run_folder.read_split(folder, images)
     place = {path: i for i, path in enumerate(test.paths)}
     rows = [place[images.paths[i]] for i in split["test"]]
@@ -270,10 +271,11 @@ def main(argv: list[str] | None = None) -> None:
     add = kinds.add_parser("run", help="audit a trained run").add_argument
     add("run", metavar="RUN", help="run folder")
     add("--groups", metavar="CSV", help="groups.csv of the data audit (default: found again)")
-    add("--out", metavar="DIR", help="default RUN/audit")
+    add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
+    add("--out", metavar="DIR", help="default RUN/audit, numbered if taken")
     add("--device", default="auto")
     args = parser.parse_args(argv)
-    (audit_data if "data" in args else audit_run)(args)
+    (audit_run if "run" in args else audit_data)(args)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ This file imports no other file of the project, and every other file may import 
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 
 class InputError(Exception):
@@ -53,15 +55,45 @@ def warn(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+class Quiet:
+    """A stream that never ends the work: what a closed pipe or a closed terminal does not take is
+    dropped, and letters that its encoding lacks are written as escapes."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        self._do("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._do("flush")
+
+    def _do(self, name: str, *arguments: str) -> None:
+        try:
+            getattr(self.stream, name)(*arguments)
+        except BrokenPipeError:  # from now on to nowhere, or Python would complain at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (ValueError, AttributeError):  # closed, or never there
+            pass
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
 def guard(main: Callable[[], None]) -> None:
     """Run a script's `main`. Bad input and errors of the operating system become one line and exit
     code 2; Ctrl-C before there is anything to resume becomes one line and exit code 130."""
+    if "RANK" not in os.environ:  # torchrun reads what its processes print
+        sys.stdout, sys.stderr = Quiet(sys.stdout), Quiet(sys.stderr)
     try:
         main()
     except KeyboardInterrupt:
         warn("stopped")
         sys.exit(130)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError) as error:
         name = sys.argv[0].rsplit("/", 1)[-1]
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -282,8 +282,13 @@ def eval_batch(images: Images, indices: Tensor, device: torch.device) -> Tensor:
 def describe(args: argparse.Namespace, images: Images) -> None:
     """Print what is in the data set, the split and the clients."""
     print(f"{images.name}: {len(images.paths)} images, fingerprint {images.fingerprint()[:16]}")
-    for (width, height, mode), count in images.found.most_common():
+    for (width, height, mode), count in images.found.most_common(5):
         print(f"  {count} of {width}x{height} {mode}")
+    if len(images.found) > 5:  # a list of thousands helps nobody
+        areas = sorted(images.found, key=lambda shape: shape[0] * shape[1])
+        small, middle, large = (f"{areas[i][0]}x{areas[i][1]}" for i in (0, len(areas) // 2, -1))
+        print(f"  and {len(images.found) - 5} more sizes; smallest {small}, median {middle}, "
+              f"largest {large}")
     print(f"  passed over: {say_passed(images.ignored)}; {len(images.bad)} unreadable")
     for path, reason in images.bad:
         print(f"  unreadable: {path} ({reason})")

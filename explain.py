@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder")
     add = parser.add_argument_group("images").add_argument
     add("--images", nargs="+", metavar="FILE", help="explain these instead of test images")
+    add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
     add("--per-class", type=integer(1), default=3,
         help="test images of each class, evenly spaced in path order (default 3)")
     add = parser.add_argument_group("methods").add_argument
@@ -80,9 +81,10 @@ def choose(test: run_folder.Predictions, per_class: int) -> dict[str, str]:
     return chosen
 
 
-def of_the_run(folder: Path, trained: inference.Trained, per_class: int) -> list[Subject]:
+def of_the_run(folder: Path, trained: inference.Trained, per_class: int,
+               place: str | None = None) -> list[Subject]:
     """Test images of the run. Refuses data that changed; warns where predictions.csv differs."""
-    test, (_, images) = run_folder.read_predictions(folder), run_folder.load_images(folder)
+    test, (_, images) = run_folder.read_predictions(folder), run_folder.load_images(folder, place)
     chosen, place = choose(test, per_class), {path: i for i, path in enumerate(images.paths)}
     pixels = images.pixels[[place[path] for path in chosen]]
     p = inference.probabilities(trained, pixels)
@@ -253,8 +255,10 @@ def write_table(out: Path, subjects: list[Subject], founds: list[dict], checks: 
     run_folder.write_csv(out / "explanations.csv", rows)
 
 
-def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject]) -> None:
-    """explanations/report.md and .json, and the verdicts in the run's own report.md."""
+def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject],
+                 of_the_test: bool) -> None:
+    """report.md and explanations.json in `out`; of test images, the verdicts in the run's own
+    report.md too."""
     table = verdict_table(found)
     listed = "\n".join(f"- {s.path} ({s.chosen})" for s in subjects)
     drawn = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(out.glob("*.png")))
@@ -262,10 +266,10 @@ def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject]) 
                             "## Figures", drawn])
     run_folder.write_json(out / "explanations.json", found)
     page = folder / "report.md"
-    if page.exists():
+    if page.exists() and of_the_test:
         before = page.read_text("utf-8").partition("\n\n## Explanations")[0]
         run_folder.write_text(page, f"{before}\n\n## Explanations\n\n{table}\n\n"
-                        "Pictures and raw maps: explanations/report.md\n")
+                        f"Pictures and raw maps: {out.name}/report.md\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -281,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     if trained.image_size < faithfulness.GRID:
         raise InputError(f"images of {trained.image_size} pixels are too small to explain")
     subjects = given(args.images, trained) if args.images else \
-        of_the_run(folder, trained, args.per_class)
+        of_the_run(folder, trained, args.per_class, args.data)
     founds, checks = [], []
     classify = partial(inference.probabilities, trained)
     with tqdm(total=len(subjects) + len(STAGES), desc="explaining", disable=None) as bar:
@@ -295,13 +299,14 @@ def main(argv: list[str] | None = None) -> None:
                                  [founds[i] for i in checked], args, bar)
     found = verdicts([checks[i] for i in checked], correlations, [subjects[i] for i in checked],
                      args)
-    out = folder / "explanations"
-    if out.exists():
-        shutil.rmtree(out)  # an earlier answer to the same question
-    out.mkdir()
-    write_table(out, subjects, founds, checks, trained.classes)
-    figures.write(out, subjects, founds, trained.classes, METHODS)
-    write_report(folder, out, found, subjects)
+    out = run_folder.new_folder(None, str(folder / "explanations"))
+    try:
+        write_table(out, subjects, founds, checks, trained.classes)
+        figures.write(out, subjects, founds, trained.classes, METHODS)
+        write_report(folder, out, found, subjects, of_the_test=not args.images)
+    except BaseException:
+        shutil.rmtree(out)  # made by this very call
+        raise
     print(verdict_table(found))
     print(f"\nreport: {out}/report.md")
 

@@ -1,6 +1,7 @@
 """Networks: build, freeze, initialise, save and load; which of their entries are BatchNorm's."""
 
 import argparse
+import copy
 import os
 import pickle
 import sys
@@ -35,7 +36,9 @@ def head_name(model: nn.Module) -> str:
     leaves = [(name, m) for name, m in model.named_modules()
               if not list(m.children()) and not isinstance(m, (nn.Dropout, nn.Identity))]
     name, last = leaves[-1]
-    if not isinstance(last, nn.Linear) or hasattr(model, "aux_logits"):
+    if getattr(model, "aux_logits", False):
+        raise InputError(f"{type(model).__name__} has auxiliary classifiers: not supported")
+    if not isinstance(last, nn.Linear):
         raise InputError(f"{type(model).__name__} does not end in one linear layer")
     return name
 
@@ -264,8 +267,8 @@ def pooled_batchnorm(state: State, moments: State) -> State:
     return pooled
 
 
-def check_size(model: nn.Module, size: int) -> None:
-    """Raise InputError where the network cannot take images of size × size."""
+def check_size(model: nn.Module, size: int, batch_size: int = 2) -> None:
+    """Raise InputError where the network cannot take, or not train on, images of size × size."""
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
@@ -273,6 +276,13 @@ def check_size(model: nn.Module, size: int) -> None:
         reason = str(error).partition("\n")[0]
         raise InputError(f"--image-size {size} does not suit {type(model).__name__}: "
                          f"{reason}") from None
+    if batch_size == 1 and needs_batch(model):
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                copy.deepcopy(model).train()(torch.zeros(1, 3, size, size))
+        except ValueError:  # one value a channel has no variance
+            raise InputError(f"--batch-size 1 does not suit BatchNorm in {type(model).__name__} at "
+                             f"{size} pixels: larger batches, or larger images") from None
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

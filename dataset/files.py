@@ -22,6 +22,7 @@ CLASS_NAMES = {"benign": "Benign", "early": "Early", "pre": "Pre", "pro": "Pro",
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in Image.OPEN and kind not in ("BUFR", "FITS", "GRIB", "HDF5", "MPEG", "WMF")}
 PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
+Image.MAX_IMAGE_PIXELS = int(os.environ.get("MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS))
 SERVICE = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information",
            "lost+found"}  # folders that file servers and operating systems make
 
@@ -138,6 +139,9 @@ def decode_all(files: list[Path], size: int) -> Iterator[tuple | str]:
     def work(path: Path) -> tuple | str:
         try:
             return decode(path, size)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            return (f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; the environment variable "
+                    "MAX_IMAGE_PIXELS raises this limit")
         except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
             return " ".join(str(error).replace(str(path), "it").split())
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:

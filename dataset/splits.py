@@ -55,7 +55,10 @@ def make_split(kind: str, labels: np.ndarray, seed: int, *, paths: list[str] | N
              for name, part in (("train", train), ("val", val), ("test", test))}
     for name, part in split.items():
         if len(part) == 0:
-            raise InputError(f"the {kind} split leaves the {name} part empty")
+            sizes = np.unique(groups, return_counts=True)[1] if kind == "grouped" else []
+            raise InputError(f"the {kind} split leaves the {name} part empty" + (
+                f": of {len(sizes)} groups the smallest has {min(sizes)} images, and a part holds "
+                f"at most {tenth}; more groups are needed, or smaller ones" if len(sizes) else ""))
     return split
 
 

@@ -35,6 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     model = models.build(args.model, args.classes)
     models.freeze(model, args.train_from)
+    models.check_size(model, args.image_size)
     rows = table(model, args.image_size)
     total, trainable = (sum(row[i] for row in rows) for i in (2, 3))
     print(f"{'module':<14}{'output shape':<20}{'parameters':>14}{'trainable':>14}")

@@ -9,6 +9,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter
 from scipy.special import softmax
 from sklearn.metrics import roc_curve
 
@@ -30,13 +32,23 @@ def drawing(path: Path, width: float, height: float, columns: int = 1) -> Iterat
     save(figure, path, 120)
 
 
+def clean(text: str) -> str:
+    return str(text).encode("utf-8", "replace").decode()
+
+
 @lru_cache  # of one process one line is enough
 def say_missing(glyphs: str) -> None:
     warn(f"note: the font of the figures lacks letters of the names in them ({glyphs})")
 
 
 def save(figure: Figure, path: Path, dpi: int) -> None:
-    """Write a figure. Letters that the font lacks become boxes, and one line says so."""
+    """Write a figure. Letters that the font lacks become boxes, and one line says so; bytes of file
+    names that are no letters become question marks."""
+    for text in figure.findobj(Text):
+        text.set_text(clean(text.get_text()))
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_formatter(), FixedFormatter):
+            axis.get_major_formatter().seq = list(map(clean, axis.get_major_formatter().seq))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure.savefig(path, dpi=dpi, bbox_inches="tight")

@@ -1,11 +1,13 @@
 """A run folder made readable: `report.md` and the tables on the terminal, from what is there."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 
+from checks import warn
 from data import Images
 from dataset.files import CLASSES
 from dataset.splits import Split, count_twins
@@ -215,6 +217,25 @@ def write_run(folder: Path, results: dict, history: list[dict], images: Images, 
     """Figures, report.md and results.json of one trained network; returns what the latter holds.
     logits: float32 [n, C] of the best model on the test part. Adds what colour alone reaches."""
     results = results | {"colour_only": colour_only(images, split)}
+    write_json(folder / "results.json", results)  # first: nothing below may end a run
+    with decoration():
+        draw_run(folder, results, history, images, split, logits, clients)
+    return results
+
+
+@contextmanager
+def decoration() -> Iterator[None]:
+    """Around all that only decorates a run: where it fails, one line says so and work goes on."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever a figure or a table can raise
+        warn(f"WARNING: the report is not complete ({type(error).__name__}: {error}); every figure "
+             "stands in results.json")
+
+
+def draw_run(folder: Path, results: dict, history: list[dict], images: Images, split: Split,
+             logits: np.ndarray, clients: list[np.ndarray] | None) -> None:
+    """The figures and report.md of `write_run`."""
     best, labels = results["best"], images.labels.numpy()
     test, unit = best["test"], "round" if "round" in best else "epoch"
     figures.plot_curves([history], folder / "history.png", unit, best[unit])
@@ -237,8 +258,6 @@ def write_run(folder: Path, results: dict, history: list[dict], images: Images, 
         colour_table(results),
         tail(folder, run, twins, test["n"],
              show(best_colour_row(results, "statistics")["test"]))])
-    write_json(folder / "results.json", results)  # last: it says that the run is complete
-    return results
 
 
 def write_pooled(folder: Path, results: dict, histories: list[list[dict]], twins: int,

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,8 +31,14 @@ from dataset.files import say_passed
 from dataset.splits import Split
 from models import pick_precision, read_file, save, write_whole
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
+
 ROOT = Path(__file__).parent.parent
 ROOMS = ("auditing", "dataset", "explaining", "reporting", "training")
+CSV = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # any name on any disk
 UNRECORDED = ("resume", "out", "timeout", "argv")  # arguments that say where, not what
 
 
@@ -68,7 +74,7 @@ def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Names
         parser.set_defaults(**recorded)
         again = vars(parser.parse_args(argv))
         for name, value in recorded.items():
-            if again[name] != value:
+            if again[name] != value and not (name == "data" and value):  # moved: the images decide
                 raise InputError(f"--resume {args.resume}: --{name.replace('_', '-')} is "
                                  f"{value} there, not {again[name]}")
         if args.out is not None:
@@ -183,7 +189,8 @@ def write_run(folder: Path, args: argparse.Namespace, script: str, images: Image
     write_json(folder / "run.json", {
         "script": f"train_{script}.py", "part_of": part_of,
         "argv": args.argv,
-        "arguments": {k: v for k, v in vars(args).items() if k not in UNRECORDED},
+        "arguments": {k: v for k, v in vars(args).items() if k not in UNRECORDED} | {
+            "data": args.data and os.path.abspath(args.data)},
         "seed": args.seed, "synthetic": args.data is None, "data": images.name,
         "fingerprint": images.fingerprint(), "classes": images.classes,
         "images": len(images.paths), "bad_files": images.bad,
@@ -248,9 +255,15 @@ def check_images(folder: Path, images: Images) -> dict:
     return run
 
 
-def load_images(folder: Path) -> tuple[dict, Images]:
-    """run.json of a run, and the images that it was made with, read again."""
-    images = load(argparse.Namespace(**read_run(folder)["arguments"]))
+def load_images(folder: Path, place: str | None = None) -> tuple[dict, Images]:
+    """run.json of a run, and the images that it was made with, read again. place: the folder where
+    they are now, if they were moved."""
+    arguments = read_run(folder)["arguments"]
+    moved = {"data": place} if place else {}
+    try:
+        images = load(argparse.Namespace(**arguments | moved))
+    except InputError as error:
+        raise InputError(f"{error} (images that were moved: --data DIR)") from None
     return check_images(folder, images), images
 
 
@@ -269,17 +282,28 @@ def start_or_resume(folder: Path, images: Images, split: Split, clients: list[np
 
 @contextmanager
 def resumable(folder: Path | None) -> Iterator[None]:
-    """Ctrl-C and lost weights end a run with one line that says what is kept and how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if folder is not None:
-            warn(f"\nstopped; go on with: python {read_run(folder)['script']} --resume {folder}")
-        raise SystemExit(130) from None
-    except FloatingPointError as error:
-        if folder is not None:
-            warn(f"{error}; the last good state is kept in {folder}")
-        raise SystemExit(1) from None
+    """Ctrl-C and lost weights end a run with one line that says what is kept and how to go on.
+    While it lasts the folder is locked: InputError for a second process that wants to write there.
+    The lock is the operating system's own, so that a kill releases it."""
+    with ExitStack() as stack:
+        if folder is not None and fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder}: another process is writing there") from None
+        try:
+            yield
+        except KeyboardInterrupt:
+            if folder is not None:
+                script = read_run(folder)["script"]
+                warn(f"\nstopped; go on with: python {script} --resume {folder}")
+            raise SystemExit(130) from None
+        except FloatingPointError as error:
+            if folder is not None:
+                warn(f"{error}; the last good state is kept in {folder}")
+            raise SystemExit(1) from None
 
 
 def restarts() -> int:
@@ -340,7 +364,7 @@ def write_split(folder: Path, images: Images, split: Split, clients: list[np.nda
 def read_split(folder: Path, images: Images) -> tuple[Split, list[np.ndarray]]:
     """The split and the clients of a run, as its split.csv has them. InputError for none."""
     try:
-        with open(folder / "split.csv", encoding="utf-8", newline="") as file:
+        with open(folder / "split.csv", **CSV) as file:
             rows = {row["path"]: row for row in csv.DictReader(file)}
     except FileNotFoundError:
         raise InputError(f"{folder}: not a run of one network, it has no split.csv") from None
@@ -378,7 +402,7 @@ def read_predictions(folder: Path, part: str = "test") -> Predictions:
     """Test images (all out-of-fold ones of a k-fold run), or those of `val`, as
     `write_predictions` wrote them. Raises InputError where there are none."""
     try:
-        with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+        with open(folder / "predictions.csv", **CSV) as file:
             header, *rows = csv.reader(file)
         classes = [name.removeprefix("p_") for name in header[4:]]
         rows = sorted(row for row in rows if part in row[2].split("+")

@@ -18,7 +18,7 @@ import predict
 from auditing import duplicates, probes
 from checks import InputError
 from dataset import interventions
-from reporting import paired
+from reporting import paired, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_audit_of_a_run_agrees_with_the_run(doubled, tmp_path):
     assert found["accuracy"] == results["best"]["test"]["accuracy"]
     assert found["ece"] == pytest.approx(results["best"]["test"]["ece"], abs=1e-6)
     images = data.read_folder(str(doubled), 20)
-    split = audit.read_split(run, images)
+    split = run_folder.read_split(run, images)[0]
     partners = sum(images.digests[i] in {images.digests[j] for j in split["train"]}
                    for i in split["test"])
     hits = [round((found[k]["value"] or 0) * n) for k, n in
@@ -239,7 +239,7 @@ def test_audit_of_a_run_agrees_with_the_run(doubled, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ([], "audit.py data DIR"), (["what"], "audit.py data DIR"), (["run", "nowhere"], "run.json"),
+    ([], "data|run"), (["what"], "data|run"), (["run", "nowhere"], "run.json"),
     (["data", "nowhere"], "no such folder")])
 def test_bad_input_is_one_line(arguments, words, tmp_path):
     done = script(*arguments, name="audit.py", cwd=tmp_path)

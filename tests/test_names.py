@@ -132,3 +132,15 @@ def test_a_broken_link_in_the_way_is_one_line_and_no_endless_count(tmp_path, mon
     (tmp_path / link).symlink_to(tmp_path / "unmounted")
     with pytest.raises(InputError, match="broken link"):
         run_folder.new_folder(None, "runs/name")
+
+
+def test_a_report_that_fails_is_one_line_and_the_result_is_on_disk(tree, tmp_path, monkeypatch,
+                                                                   capsys):
+    def fails(*args):
+        raise RuntimeError("no font at all")
+    monkeypatch.setattr(figures, "plot_confusion", fails)
+    out = train(tree, tmp_path / "run", "--rounds", 1)
+    assert json.loads((out / "results.json").read_text())["best"]["test"]["n"] == 7
+    error = capsys.readouterr().err
+    assert "the report is not complete (RuntimeError: no font at all)" in error
+    assert error.count("\n") == 1

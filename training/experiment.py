@@ -54,7 +54,7 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
     elif "clients" in args:
         clients = data.make_clients(args, images, several[""])
     model = models.build(args.model, len(images.classes), args.weights, args.seed, images.classes)
-    models.check_size(model, args.image_size)
+    models.check_size(model, args.image_size, args.batch_size)
     models.freeze(model, args.train_from, batchnorm=args.bn == "freeze")
     if 1 in map(len, clients) and models.needs_batch(model):
         raise InputError("a client owns one image only, too few for BatchNorm: fewer clients, or "
