@@ -11,13 +11,10 @@ import io
 import itertools
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +26,14 @@ from data import Images, load
 from dataset import interventions
 from dataset.files import say_passed
 from dataset.splits import Split
-from models import pick_precision, read_file, save, write_whole
+from models import read_file, save, write_whole
+from reporting.provenance import git_commit, launcher, machine, restarts
 
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
     fcntl = None
 
-ROOT = Path(__file__).parent.parent
-ROOMS = ("auditing", "dataset", "explaining", "reporting", "training")
 CSV = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # any name on any disk
 UNRECORDED = ("resume", "out", "timeout", "argv")  # arguments that say where, not what
 
@@ -198,40 +194,6 @@ def write_run(folder: Path, args: argparse.Namespace, script: str, images: Image
         "machine": machine(device), "git": git_commit(), "launcher": launcher()})
 
 
-def launcher() -> str | None:
-    """Names the torchrun that started this process; the same after a restart of the job. None
-    without torchrun."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID")
-    return job and f"{platform.node()} {os.getppid()} {job}"
-
-
-def machine(device: torch.device) -> dict:
-    """Versions and hardware that a figure depends on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    packages = ("torch", "torchvision", "numpy", "scikit-learn", "pillow")
-    return {"device": str(device), "name": name, "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "amp_auto": str(pick_precision("auto", device)),  # None: float32
-            "python": platform.python_version(), **{p: version(p) for p in packages}}
-
-
-def code() -> list[bytes]:
-    """Every source file that a run can depend on. The folders are listed by name, because a virtual
-    environment may stand beside them."""
-    return [p.read_bytes() for room in ("", *ROOMS) for p in sorted((ROOT / room).glob("*.py"))]
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with "+changes" where the checkout differs; None outside git."""
-    def git(*command: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *command], check=True,
-                              capture_output=True, text=True).stdout.strip()
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def begin(args: argparse.Namespace, script: str, images: Images, device: torch.device) -> Path:
     """The run folder: a new one with its run.json, or the one to resume.
     Refuses to resume with other images (InputError). Warns of another machine or version."""
@@ -304,11 +266,6 @@ def resumable(folder: Path | None) -> Iterator[None]:
             if folder is not None:
                 warn(f"{error}; the last good state is kept in {folder}")
             raise SystemExit(1) from None
-
-
-def restarts() -> int:
-    """How often torchrun --max-restarts has started this job again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def continued(argv: list[str]) -> list[str]:

@@ -17,13 +17,13 @@ from helpers import BASE, ROOT, Process, equal, same_run, script, write_tree
 
 import models
 import train_federated
-from reporting import run_folder
+from reporting import provenance
 from training.processes import Job
 
 ONE = {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SCRIPT = ROOT / "train_federated.py"
-CODE = [p.relative_to(ROOT).as_posix() for room in ("", *run_folder.ROOMS)
+CODE = [p.relative_to(ROOT).as_posix() for room in ("", *provenance.ROOMS)
         for p in sorted((ROOT / room).glob("*.py"))]
 CHANGED = {Path(name).parent: name for name in CODE}.values()  # one file at the top and a room
 SITE = [x for x in BASE if x not in ("--rounds", "3")] + ["--rounds", "2"]
@@ -249,9 +249,9 @@ def test_other_data_or_code_is_named(tree, tmp_path):
             (changed / source).parent.mkdir(parents=True, exist_ok=True)
             (changed / source).write_text((ROOT / source).read_text() + "# changed\n" * (
                 source == file))
-        program = ("import os, pathlib, runpy\nfrom reporting import run_folder\n"
+        program = ("import os, pathlib, runpy\nfrom reporting import provenance\n"
                    "if os.environ['RANK'] == '1':\n"
-                   f"    run_folder.ROOT = pathlib.Path({str(changed)!r})\n"
+                   f"    provenance.ROOT = pathlib.Path({str(changed)!r})\n"
                    f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
         results = ranks(2, [["--data", tree, *BASE, "--out", tmp_path / file]] * 2,
                         program=program)

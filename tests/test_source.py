@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reporting.run_folder import ROOMS
+from reporting.provenance import ROOMS
 
 ROOT = Path(__file__).parent.parent
 FILES = [f for room in ("", *ROOMS) for f in sorted((ROOT / room).glob("*.py"))]

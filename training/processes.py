@@ -34,7 +34,7 @@ from checks import InputError
 from dataset.files import CLASSES
 from fedavg import Update
 from models import State
-from reporting import run_folder
+from reporting import provenance, run_folder
 
 ALLOWED = {"agreement", "counts", "header", "update", "state", "records", "tally", "confusion"}
 SHARED = ("images", "steps", "loss")  # what a site tells of its training; the rest stays there
@@ -71,7 +71,7 @@ class Job:
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=limit))
             # After a restart the store may still hold addresses of dead processes.
-            self.store = dist.PrefixStore(f"attempt{run_folder.restarts()}", store)
+            self.store = dist.PrefixStore(f"attempt{provenance.restarts()}", store)
             dist.init_process_group("gloo", timeout=limit, store=self.store, rank=rank,
                                     world_size=world)
         except (RuntimeError, ValueError) as error:
@@ -95,7 +95,7 @@ class Job:
                 (not folder or name in ("", ".", "..") or "/" in name, "must be NAME=DIR"),
                 (not (args.out or args.resume), "needs --out, where every site writes a folder"),
                 (args.bn == "local", "the server would keep a state of every site with --bn local"),
-                (self.folder.exists() and not (args.resume or run_folder.restarts()),
+                (self.folder.exists() and not (args.resume or provenance.restarts()),
                  f"--out: {self.folder} exists already")):
             if wrong:
                 raise InputError(f"--site-data: {message}")
@@ -117,7 +117,7 @@ class Job:
             yield facts
         except (InputError, OSError) as caught:
             error = caught
-        facts = {"code": run_folder.code()} | facts | {
+        facts = {"code": provenance.code()} | facts | {
             f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in UNCOMPARED}
         told = self.exchange("agreement", {"failed": error is not None} | {
             key: hashlib.sha256(repr(value).encode()).hexdigest() for key, value in facts.items()})
