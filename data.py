@@ -160,7 +160,8 @@ def _read(args: argparse.Namespace) -> Images:
 def read_groups(path: str, paths: list[str]) -> list[str]:
     """The group of each image, from a CSV of path,group rows that must name every image."""
     try:
-        rows = [line.rsplit(",", 1) for line in Path(path).read_text("utf-8").splitlines() if line]
+        rows = [line.rsplit(",", 1) for line in Path(path).read_text(
+            "utf-8", "surrogateescape").splitlines() if line]
         groups = {name.strip().strip('"'): group.strip() for name, group in rows}
     except ValueError:
         raise InputError(f"--groups {path}: not rows of path,group") from None

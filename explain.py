@@ -267,7 +267,7 @@ def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject],
     run_folder.write_json(out / "explanations.json", found)
     page = folder / "report.md"
     if page.exists() and of_the_test:
-        before = page.read_text("utf-8").partition("\n\n## Explanations")[0]
+        before = page.read_text("utf-8", "surrogateescape").partition("\n\n## Explanations")[0]
         run_folder.write_text(page, f"{before}\n\n## Explanations\n\n{table}\n\n"
                         f"Pictures and raw maps: {out.name}/report.md\n")
 

@@ -10,7 +10,6 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter
 from scipy.special import softmax
 from sklearn.metrics import roc_curve
 
@@ -47,8 +46,9 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
     for text in figure.findobj(Text):
         text.set_text(clean(text.get_text()))
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        if isinstance(axis.get_major_formatter(), FixedFormatter):
-            axis.get_major_formatter().seq = list(map(clean, axis.get_major_formatter().seq))
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        if labels != list(map(clean, labels)):
+            axis.set_ticks(axis.get_ticklocs(), list(map(clean, labels)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure.savefig(path, dpi=dpi, bbox_inches="tight")

@@ -252,7 +252,7 @@ class Job:
         lead = checkpoint or {"round": 0, "state": state, "history": [], "local_bn": {}}
         done, history = self.exchange("records", [lead["round"], lead["history"]])[0]
         shared, local_bn, _ = self.share_round(lead["state"], lead["local_bn"], [])
-        return {"round": done, "state": shared, "history": history, "local_bn": local_bn}
+        return lead | {"round": done, "state": shared, "history": history, "local_bn": local_bn}
 
 
 def as_bytes(value: object, size: int = 0) -> Tensor:
