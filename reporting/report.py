@@ -207,7 +207,7 @@ def tail(folder: Path, run: dict, twins: int, n: int, colour: str) -> str:
     return f"{figures_and_settings(folder, run)}\n\n{card}"
 
 
-def write_page(folder: Path, sections: list[str | bool]) -> None:
+def write_page(folder: Path, sections: list[str]) -> None:
     """report.md of these sections; empty ones are left out."""
     write_text(folder / "report.md", "\n\n".join(s for s in sections if s).rstrip() + "\n")
 
@@ -249,13 +249,15 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
               "after training only." if best["val"] else
               "No validation part: the last epoch is scored.")
     run, twins = read_run(folder), count_twins(images.digests, split["test"], split["train"])
+    shares = []  # FedBN only
+    if "clients" in test:
+        shares = ["### Each client on its own share of the test part (own BatchNorm)",
+                  markdown(["client", *CLIENTS], client_rows(test["clients"], count()))]
     write_page(folder, [
         head(folder, run, results),
         f"## Results\n\n{chosen}\n\n{markdown(SUMMARY, summary_rows(results, unit))}",
         class_table(test, "best model, test"),
-        "clients" in test and "### Each client on its own share of the test part (own BatchNorm)"
-        "\n\n" + markdown(["client", *CLIENTS], client_rows(test["clients"], count())),
-        colour_table(results),
+        *shares, colour_table(results),
         tail(folder, run, twins, test["n"],
              show(best_colour_row(results, "statistics")["test"]))])
 
