@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from checks import InputError, guard, make_parser
-from reporting import figures, metrics, paired, report, run_folder
+from dataset import splits
+from reporting import figures, metrics, paired, report, run_folder, tables
 
 # Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000
 # that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).
@@ -39,7 +40,8 @@ class Run:
     site: str  # of --local-only
     configuration: str
     results: dict
-    test: run_folder.Predictions
+    test: tables.Predictions
+    units: tuple[str, np.ndarray] | None  # patient or group of each test image, where known
 
     def correct(self) -> np.ndarray:
         """bool [n], in the order of the paths."""
@@ -69,8 +71,9 @@ def load(folder: Path, label: str | None = None) -> list[Run]:
     configuration = json.dumps([run["script"], {k: v for k, v in sorted(arguments.items())
                                                 if k not in WHERE}])
     site = folder.name if run.get("part_of") else ""
-    return [Run(label, folder, run["seed"], site, configuration, results,
-                run_folder.read_predictions(folder))]
+    test = tables.read_predictions(folder)
+    return [Run(label, folder, run["seed"], site, configuration, results, test,
+                tables.read_units(folder, test.paths))]
 
 
 def group(several: Iterable[Run]) -> dict[str, list[Run]]:
@@ -148,10 +151,14 @@ def paired_tests(groups: dict[str, list[Run]]) -> list[dict]:
                                "images, so no paired test")
         else:
             correct = [np.mean([r.correct() for r in side], 0) for side in (left, right)]
-            pair["n"] = len(one[1])
-            pair["difference"] = paired.paired_difference(*correct)
-            pair["mcnemar"] = [{"seed": x.seed, **paired.mcnemar(x.correct(), y.correct())}
-                               for x in left for y in right if x.seed == y.seed]
+            unit, names = next((r.units for r in (*left, *right) if r.units), ("image", None))
+            numbers = None if names is None else splits.numbered(names)
+            pair |= {"n": len(one[1]), "unit": unit,
+                     "units": len(one[1] if names is None else np.unique(numbers)),
+                     "difference": paired.paired_difference(*correct, numbers, unit)}
+            pair["mcnemar"] = [] if names is not None else [
+                {"seed": x.seed, **paired.mcnemar(x.correct(), y.correct())}
+                for x in left for y in right if x.seed == y.seed]
         out.append(pair)
     return out
 
@@ -164,8 +171,11 @@ def test_rows(tests: list[dict]) -> list[list]:
         only = f"{sum(x['a_only'] for x in m)} : {sum(x['b_only'] for x in m)}" if m else "–"
         shown = ", ".join(f"{x:.2g}" for x in p) if len(p) < 5 else \
             f"{min(p):.2g}–{max(p):.2g} ({len(p)} pairs)"
-        interval = f"{d['value']:+.4f} ({d['low']:+.4f} … {d['high']:+.4f})"
-        rows.append([t["a"], t["b"], t["n"], interval, only, shown or "no common seed"])
+        interval = f"{d['value']:+.4f} " + (f"({d['low']:+.4f} … {d['high']:+.4f})"
+                                            if d["reason"] is None else f"({d['reason']})")
+        count = str(t["n"]) + ("" if t["unit"] == "image" else f", {t['units']} {t['unit']}s")
+        rows.append([t["a"], t["b"], count, interval, only, shown or (
+            "no common seed" if t["unit"] == "image" else f"images of a {t['unit']} are alike")])
     return rows
 
 
@@ -180,10 +190,12 @@ def page(rows: dict[str, dict], tests: list[dict]) -> str:
                  "imply. It publishes no predictions: no paired test with it is possible.")
     if tested := test_rows(tests):
         text += "\n\n## The same test images, paired\n\n" + report.markdown(
-            ["A", "B", "n", "accuracy A − B (95 %, paired bootstrap over images)",
+            ["A", "B", "n", "accuracy A − B (95 %, paired)",
              "right in A only : B only", "exact McNemar p, runs of one seed paired"], tested) + (
-            "\n\nThe bootstrap covers the choice of test images, not that of seeds; p values are "
-            "not corrected for their number.")
+            "\n\nTwo single runs: Newcombe's interval. Several seeds: bootstrap over images. Where "
+            "patients or groups are known: bootstrap over these, and no McNemar test, which takes "
+            "images as independent. All cover the choice of test images, not that of seeds; p "
+            "values are not corrected for their number.")
     if refused := [f"- {t['a']} against {t['b']}: {t['refused']}" for t in tests
                    if "refused" in t]:
         text += "\n\n## Not tested\n\n" + "\n".join(refused)

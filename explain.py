@@ -27,7 +27,7 @@ from checks import InputError, guard, integer, make_parser, number, warn
 from dataset import interventions
 from dataset.files import decode_all
 from explaining import attribution, faithfulness
-from reporting import figures, inference, report, run_folder
+from reporting import figures, inference, report, run_folder, tables
 
 METHODS = ("gradient", "integrated-gradients", "grad-cam", "lime")
 STAGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the layers randomised; 0 = the head alone
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # ---- which images -------------------------------------------------------------------------------
 
-def choose(test: run_folder.Predictions, per_class: int) -> dict[str, str]:
+def choose(test: tables.Predictions, per_class: int) -> dict[str, str]:
     """Path → reason: of each class `per_class` test images, evenly spaced by path; all errors."""
     chosen = {}
     for c in range(len(test.classes)):
@@ -84,7 +84,7 @@ def choose(test: run_folder.Predictions, per_class: int) -> dict[str, str]:
 def of_the_run(folder: Path, trained: inference.Trained, per_class: int,
                place: str | None = None) -> list[Subject]:
     """Test images of the run. Refuses data that changed; warns where predictions.csv differs."""
-    test, (_, images) = run_folder.read_predictions(folder), run_folder.load_images(folder, place)
+    test, (_, images) = tables.read_predictions(folder), run_folder.load_images(folder, place)
     chosen, place = choose(test, per_class), {path: i for i, path in enumerate(images.paths)}
     pixels = images.pixels[[place[path] for path in chosen]]
     p = inference.probabilities(trained, pixels)
@@ -252,7 +252,7 @@ def write_table(out: Path, subjects: list[Subject], founds: list[dict], checks: 
                          classes[s.p.argmax()], f"{s.p.max():.6f}", s.chosen, method,
                          classes[target], name, f"{figures.scale(values):.6g}",
                          *("" if own.get(k) is None else f"{own[k]:.6f}" for k in keys)])
-    run_folder.write_csv(out / "explanations.csv", rows)
+    tables.write_csv(out / "explanations.csv", rows)
 
 
 def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject],

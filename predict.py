@@ -3,6 +3,7 @@
     python predict.py runs/NAME images/ more.jpg     # fast: BatchNorm folded, bf16 where native
     python predict.py runs/NAME DIR --exact          # the figures of training's own evaluation
     python predict.py runs/NAME DIR --map labels.json     # {"folder name": "class", ...}
+    python predict.py runs/NAME DIR --table labels.csv    # path,label
 
 Exit code 1 where an image could not be read; the others are done.
 """
@@ -21,9 +22,9 @@ from tqdm import tqdm
 import data
 import models
 from checks import InputError, guard, make_parser, warn
-from dataset import interventions
+from dataset import interventions, table
 from dataset.files import CLASS_NAMES, decode_all, find_files
-from reporting import inference, metrics, report, run_folder
+from reporting import inference, metrics, report, run_folder, tables
 
 MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
 
@@ -37,6 +38,7 @@ def add_arguments(parser) -> None:
     add("--calibrate", action="store_true", help="temperature scaling, fitted on the run's "
         "validation part and stored with the run")
     add("--map", metavar="JSON", help="folder name → class of the run, or Malignant and Benign")
+    table.add_arguments(add)
 
 
 def find(paths: list[str]) -> list[tuple[Path, Path | None]]:
@@ -89,6 +91,24 @@ def label_of(file: Path, root: Path | None, names: dict[str, str]) -> str:
                  if part in names or part.lower() in names), "")
 
 
+def from_table(listed: table.Table, args, files: list[Path],
+               names: dict[str, str]) -> tuple[list[Path], list[str]]:
+    """The files of the one given folder, with the classes that the table's labels mean; "" for a
+    row without a label, or one that the run does not know."""
+    if len(args.paths) != 1 or not Path(args.paths[0]).is_dir() or "label" not in listed.columns:
+        raise InputError("--table: needs a column label, and one folder that its paths belong to")
+    rows = dict(zip(table.match(listed, files, [Path(args.paths[0])]), listed.rows.values(),
+                    strict=True))
+    unlisted = [str(file) for i, file in enumerate(files) if i not in rows]
+    if unlisted and not args.skip_unlisted:
+        raise listed.wrong("image(s) are not in it (--skip-unlisted goes on without)", unlisted)
+    labels = {i: row["label"] for i, row in rows.items()}
+    known = {i: names.get(text, names.get(text.lower(), "")) for i, text in labels.items()}
+    if foreign := sorted({text for i, text in labels.items() if text and not known[i]}):
+        warn(f"note: {listed.name}: label(s) that the run does not know: {', '.join(foreign)}")
+    return [files[i] for i in sorted(rows)], [known[i] for i in sorted(rows)]
+
+
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T > 0 whose softmax(logits / T) has the lowest cross-entropy (Guo et al. 2017)."""
     def loss(log_t: float) -> float:
@@ -101,7 +121,7 @@ def temperature(folder: Path) -> float:
     """`temperature.json` of the run; fitted on its validation predictions if not yet there."""
     path = folder / "temperature.json"
     if not path.exists():
-        val = run_folder.read_predictions(folder, "val")
+        val = tables.read_predictions(folder, "val")
         value = fit_temperature(val.logits, val.labels)
         before, after = (metrics.measure(val.logits / t, val.labels, val.classes)
                          for t in (1.0, value))
@@ -154,7 +174,7 @@ def write_csv(path: Path, files: list[Path], labels: list[str], logits: np.ndarr
         p = np.exp(logits[i] - np.logaddexp.reduce(logits[i]))
         rows.append([files[i], classes[p.argmax()], *(f"{x:.9g}" for x in p),
                      f"{seconds[i]:.6f}", labels[i]])
-    run_folder.write_csv(path, rows)
+    tables.write_csv(path, rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,6 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     trained = inference.load(folder, models.pick_device(args.device), args.client)
     names, found = read_map(args.map, trained.classes), find(args.paths)
     files, labels = [f for f, _ in found], [label_of(f, root, names) for f, root in found]
+    if (listed := table.chosen(args)) is not None:
+        files, labels = from_table(listed, args, files, names)
     with run_folder.reserved(args.out, folder / "predicted.csv", ".json") as out:
         t = temperature(folder) if args.calibrate else 1.0
         logits, seconds, bad = predict(trained if args.exact else inference.fast(trained), files, t)

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 from checks import warn
-from data import Images
 from dataset.files import CLASSES
+from dataset.images import UNITS, Images
+from dataset.parts import both_sides
 from dataset.splits import Split, count_twins
 from reporting import figures
 from reporting.baselines import colour_only
@@ -25,6 +25,8 @@ def show(figure: dict | float | None, digits: int = 4) -> str:
         return "–"
     if "mean" in figure:
         return show(figure["mean"]) + ("" if figure["sd"] is None else f" ± {show(figure['sd'])}")
+    if figure["low"] is None:
+        return f"{show(figure['value'])} (no interval)"
     return f"{show(figure['value'])} ({show(figure['low'])}–{show(figure['high'])})"
 
 
@@ -73,11 +75,11 @@ def print_epoch(record: dict, total: int, unit: str = "epoch") -> None:
           f"{record['lr']:g}, {record['images_per_second']:.1f} images/s", flush=True)
 
 
-def print_round(record: dict, rounds: int) -> None:
-    """A line for each client of the round, then one for the round."""
+def print_round(record: dict, rounds: int, names: list[str]) -> None:
+    """A line for each client of the round, then one for the round. names: of all clients."""
     for c in record["clients"]:
         norm = "not finite, left out" if c["left_out"] else show(c["update_norm"], 3)
-        name = c.get("site", f"client {c['client']}")
+        name = c.get("site", names[c["client"]])
         print(f"  {name}: {c['num_examples']} images, "
               f"{c['steps']} steps, loss {show(c['loss'])}, accuracy {show(c['accuracy'], 3)}, "
               f"update norm {norm}, skipped {show(c['skipped_steps'], 0)}")
@@ -105,8 +107,8 @@ MEMBERS = ["part", "training images", "best epoch", "n", "accuracy (95 %)", "mac
 def member_rows(results: dict) -> list[list]:
     """A row per fold or site, then their mean ± sd, then the pooled predictions if there are."""
     keys = ("accuracy", "macro_f1", "kappa", "roc_auc")
-    rows = [[m["name"], m["train"], m["epoch"], m["n"], *(show(m[key]) for key in keys)]
-            for m in results["members"]]
+    rows = [[m.get("client", m["name"]), m["train"], m["epoch"], m["n"],
+             *(show(m[key]) for key in keys)] for m in results["members"]]
     rows.append([f"mean ± sd of {len(rows)}", "", "", "",
                  *(show(results["mean"][key]) for key in keys)])
     if "best" in results:
@@ -123,6 +125,28 @@ def client_rows(clients: list[dict | None], names: Iterable) -> list[list]:
 
 
 CLIENTS = ["n", "accuracy (95 %)", "macro F1"]
+
+
+def unit_sections(images: Images, several: list[Split], test: dict) -> list[str]:
+    """What patients, and groups, are known of: who stands on both sides, how many are in each part,
+    and the intervals that hold for new ones. Nothing where none are known."""
+    out = [f"**WARNING: {line}.**" for line in both_sides(images, several)]
+    for unit in UNITS:
+        if (by := test.get(f"by_{unit}")) is None:
+            continue
+        members = images.units(np.arange(len(images.paths)))[unit]
+        counts = [f"{len(np.unique(members[np.concatenate([s[part] for s in several])]))} in {part}"
+                  for part in several[0]]
+        rows = [["accuracy", show(by["accuracy"])]]
+        if by["malignant"]:
+            rows += [[key, show(value)] for key, value in by["malignant"].items()]
+        rows += [[key.replace("_", " "), show({"value": test[key], **by[key]})]
+                 for key in ("macro_f1", "kappa", "roc_auc")]
+        out += [f"### By {unit}: intervals that hold for new {unit}s",
+                f"{unit.capitalize()}s: {', '.join(counts)}. Best model, test part.",
+                markdown(["figure", f"value (95 %, {unit}s)"], rows)]
+        out += [by["reason"].capitalize() + "."] if by["reason"] else []
+    return out
 
 
 MODEL_CARD = """## Model card
@@ -244,7 +268,7 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
     figures.plot_roc(logits, labels[split["test"]], images.classes, test["per_class"],
                      folder / "roc.png")
     if clients is not None:
-        figures.plot_clients(labels, clients, images.classes, folder / "clients.png")
+        figures.plot_clients(images, clients, folder / "clients.png")
     chosen = ("Best = lowest validation loss, the earliest on ties; the test part was touched "
               "after training only." if best["val"] else
               "No validation part: the last epoch is scored.")
@@ -252,23 +276,27 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
     shares = []  # FedBN only
     if "clients" in test:
         shares = ["### Each client on its own share of the test part (own BatchNorm)",
-                  markdown(["client", *CLIENTS], client_rows(test["clients"], count()))]
+                  markdown(["client", *CLIENTS],
+                           client_rows(test["clients"], images.titles(clients)))]
     write_page(folder, [
-        head(folder, run, results),
-        f"## Results\n\n{chosen}\n\n{markdown(SUMMARY, summary_rows(results, unit))}",
+        head(folder, run, results), "## Results", *unit_sections(images, [split], test),
+        f"{chosen}\n\n{markdown(SUMMARY, summary_rows(results, unit))}",
         class_table(test, "best model, test"),
         *shares, colour_table(results),
         tail(folder, run, twins, test["n"],
              show(best_colour_row(results, "statistics")["test"]))])
 
 
-def write_pooled(folder: Path, results: dict, histories: list[list[dict]], twins: int,
-                 drawn: tuple[np.ndarray, np.ndarray] | None) -> None:
+def write_pooled(folder: Path, results: dict, images: Images, several: list[Split],
+                 histories: list[list[dict]], drawn: tuple | None) -> None:
     """Figures and report.md of a run of folds, or of hospitals alone; the table on the terminal.
     drawn: logits [n, C] and labels [n] of the pooled test parts, where they are disjoint."""
+    twins = sum(count_twins(images.digests, s["test"], s["train"]) for s in several)
     figures.plot_curves(histories, folder / "curves.png")
     run, colour = read_run(folder), "what the report of each part says"
-    sections = [head(folder, run, results), "## Results", markdown(MEMBERS, member_rows(results)),
+    sections = [head(folder, run, results), "## Results",
+                *unit_sections(images, several, results.get("best", {}).get("test", {})),
+                markdown(MEMBERS, member_rows(results)),
                 "Each row is a run in the folder of that name, with a report of its own."]
     print_table(MEMBERS, member_rows(results))
     if drawn is not None:

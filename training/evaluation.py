@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 import data
 import models
 from dataset import interventions, splits
-from reporting import metrics, report, run_folder
+from reporting import metrics, report, run_folder, tables
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ class Evaluation:
     def measure(self, part: str, logits: np.ndarray) -> dict:
         """Metrics of the whole part, and of each client on its share where there are shares."""
         labels, classes = self.images.labels.numpy()[self.split[part]], self.images.classes
-        m = metrics.measure(logits, labels, classes)
+        m = metrics.measure(logits, labels, classes, self.images.units(self.split[part]))
         if self.shares:
             rows = [np.searchsorted(self.split[part], share) for share in self.shares[part]]
             m["clients"] = [metrics.measure(logits[r], labels[r], classes) if len(r) else None
@@ -152,7 +152,7 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, check
                       for part in ("val", "test") if len(split[part])}
             measured = {"val": None, **{p: evaluation.measure(p, x) for p, x in logits.items()}}
         results[name] = {unit: source[unit], **measured}
-    run_folder.write_predictions(folder, images, split, logits)
+    tables.write_predictions(folder, images, split, logits)
     return report.write_run(folder, results, history, images, split, logits["test"], clients)
 
 
