@@ -22,7 +22,7 @@ from checks import InputError, guard, integer, make_parser
 from dataset import interventions, splits, table
 from dataset.files import CLASSES
 from dataset.images import UNITS
-from reporting import figures, inference, metrics, paired, report, run_folder, tables
+from reporting import figures, finished, inference, metrics, pages, paired, run_folder, tables
 
 FOLDS = 5
 CAUTION = ("Both intervals assume more independence than 37 images a patient allow: images of one "
@@ -98,8 +98,8 @@ def seed_distribution(x: np.ndarray, labels: np.ndarray, seeds: int) -> dict:
 
 def probe_table(found: dict) -> str:
     names = list(next(iter(found.values())))
-    return report.markdown(["probe", *names], [
-        [probe, *(report.show(row[name]) for name in names)] for probe, row in found.items()])
+    return pages.markdown(["probe", *names], [
+        [probe, *(pages.show(row[name]) for name in names)] for probe, row in found.items()])
 
 
 def audit_data(args: argparse.Namespace) -> None:
@@ -126,7 +126,7 @@ def audit_data(args: argparse.Namespace) -> None:
     figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
     figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
     run_folder.write_json(folder / "audit.json", result)
-    report.write_page(folder, data_page(result))
+    pages.write_page(folder, data_page(result))
     print(f"{counts['identical_copies']} identical copies, {counts['near_pairs']} near pairs "
           f"({counts['near_pairs_across_classes']} across classes), {counts['groups']} groups")
     print(probe_table(rows))
@@ -144,11 +144,11 @@ def data_page(result: dict) -> list[str]:
         (f"{counts['images']} images, fingerprint `{result['fingerprint'][:16]}`; "
          f"{len(result['bad_files'])} unreadable."),
         "## Duplicates",
-        report.markdown(["what", "number"], [[k.replace("_", " "), v] for k, v in counts.items()]),
+        pages.markdown(["what", "number"], [[k.replace("_", " "), v] for k, v in counts.items()]),
         (f"Near: at least {duplicates.OVERLAP:.0%} of the field in common, correlation at least "
          f"{duplicates.CORRELATION:g} there. Pairs across classes are a lower bound of the false "
          "alarms. Rotated, mirrored and rescaled copies are not looked for."),
-        report.markdown(["split", "test images", "identical twin in training",
+        pages.markdown(["split", "test images", "identical twin in training",
                          "partner in training"], split_rows),
         "`groups.csv` is a table that `--table` of the trainers takes.",
         "## Shortcut probes", (
@@ -209,8 +209,8 @@ def read_groups(listed: table.Table, images: data.Images) -> np.ndarray:
 def audit_run(args: argparse.Namespace) -> None:
     """A trained network against the probes, on its own test part."""
     folder = Path(args.run)
-    run, images = run_folder.load_images(folder, args.data)
-    test = tables.read_predictions(folder)
+    run, images = finished.load_images(folder, args.data)
+    test = finished.read_predictions(folder)
     trained = inference.load(folder, models.pick_device(args.device))
     groups = read_groups(table.chosen(args), images) if args.table else find_groups(images)[0]
     out = run_folder.new_folder(args.out, str(folder / "audit"))
@@ -240,7 +240,7 @@ def audit_run(args: argparse.Namespace) -> None:
         result["called_benign"] = [images.paths[split["test"][i]] for i in missed]
     figures.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
     run_folder.write_json(out / "audit.json", result)
-    report.write_page(out, run_page(result))
+    pages.write_page(out, run_page(result))
     print(f"report: {out}/report.md")
 
 
@@ -249,7 +249,7 @@ def run_page(result: dict) -> list[str]:
     best = max(result["probes"].items(), key=lambda item: item[1]["accuracy"]["value"])
     more = (best[1]["difference"]["low"] or 0) > 0
     loud = "**SYNTHETIC DATA**\n\n" if result["synthetic"] else ""
-    rows = [[name, report.show(p["accuracy"]), report.show(p["difference"]),
+    rows = [[name, pages.show(p["accuracy"]), pages.show(p["difference"]),
              f"{p['mcnemar']['a_only']} / {p['mcnemar']['b_only']}", f"{p['mcnemar']['p']:.2g}"]
             for name, p in result["probes"].items()]
     missed = "\n".join(f"- {path}" for path in result["called_benign"]) or "none"
@@ -260,22 +260,22 @@ def run_page(result: dict) -> list[str]:
         "## More than the probes?",
         (f"The best probe is *{best[0]}*. The network knows "
          f"**{'more' if more else 'nothing more that this test part shows'}**: difference "
-         f"{report.show(best[1]['difference'])}."),
-        report.markdown(["probe, same images and training part", "accuracy", "network − probe",
+         f"{pages.show(best[1]['difference'])}."),
+        pages.markdown(["probe, same images and training part", "accuracy", "network − probe",
                          "right alone: network / probe", "McNemar p"], rows),
         "## Independence",
-        report.markdown(["accuracy", "value"], [
-            ["all test images, Wilson", report.show(result["accuracy"])],
+        pages.markdown(["accuracy", "value"], [
+            ["all test images, Wilson", pages.show(result["accuracy"])],
             [f"all, by {result['groups_in_test']} {result['groups']}",
-             report.show(result["clustered"])],
-            ["without a partner in training", report.show(result["without_partner"])],
-            ["with a partner in training", report.show(result["with_partner"])]]), CAUTION,
-        "## Under interventions", report.markdown(
+             pages.show(result["clustered"])],
+            ["without a partner in training", pages.show(result["without_partner"])],
+            ["with a partner in training", pages.show(result["with_partner"])]]), CAUTION,
+        "## Under interventions", pages.markdown(
             ["intervention on the test images alone", "accuracy", "difference"],
-            [[name, report.show(p["accuracy"]), report.show(p["difference"])]
+            [[name, pages.show(p["accuracy"]), pages.show(p["difference"])]
              for name, p in result["under_interventions"].items()]),
         "## Leukaemias called benign", missed,
-        "## Calibration", f"Expected calibration error {report.show(result['ece'])}.",
+        "## Calibration", f"Expected calibration error {pages.show(result['ece'])}.",
         "![reliability](reliability.png)"]
 
 

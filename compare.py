@@ -18,7 +18,7 @@ import numpy as np
 
 from checks import InputError, guard, make_parser
 from dataset import splits
-from reporting import figures, metrics, paired, report, run_folder, tables
+from reporting import figures, finished, metrics, pages, paired, run_folder
 
 # Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000
 # that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).
@@ -40,7 +40,7 @@ class Run:
     site: str  # of --local-only
     configuration: str
     results: dict
-    test: tables.Predictions
+    test: finished.Predictions
     units: tuple[str, np.ndarray] | None  # patient or group of each test image, where known
 
     def correct(self) -> np.ndarray:
@@ -71,9 +71,9 @@ def load(folder: Path, label: str | None = None) -> list[Run]:
     configuration = json.dumps([run["script"], {k: v for k, v in sorted(arguments.items())
                                                 if k not in WHERE}])
     site = folder.name if run.get("part_of") else ""
-    test = tables.read_predictions(folder)
+    test = finished.read_predictions(folder)
     return [Run(label, folder, run["seed"], site, configuration, results, test,
-                tables.read_units(folder, test.paths))]
+                finished.read_units(folder, test.paths))]
 
 
 def group(several: Iterable[Run]) -> dict[str, list[Run]]:
@@ -105,12 +105,12 @@ def summarise(members: list[Run]) -> dict:
 def table_rows(rows: dict[str, dict]) -> list[list]:
     out = []
     for label, row in rows.items():
-        triples = [" / ".join(report.show(row.get(f"{kind}_{key}")) for key in
+        triples = [" / ".join(pages.show(row.get(f"{kind}_{key}")) for key in
                               ("precision", "recall", "f1")) for kind in ("macro", "weighted")]
         cost = [f"{row[key]:.0f}" if key in row else "–" for key in ("images_seen", "seconds")]
-        out.append([label, row.get("runs", "–"), row["n"], report.show(row["accuracy"]),
+        out.append([label, row.get("runs", "–"), row["n"], pages.show(row["accuracy"]),
                     *("–" if set(t) <= set("– /") else t for t in triples),
-                    report.show(row.get("kappa")), report.show(row.get("roc_auc")), *cost])
+                    pages.show(row.get("kappa")), pages.show(row.get("roc_auc")), *cost])
     return out
 
 
@@ -181,7 +181,7 @@ def test_rows(tests: list[dict]) -> list[list]:
 
 def page(rows: dict[str, dict], tests: list[dict]) -> str:
     """The comparison as Markdown."""
-    text = "# Comparison\n\n" + report.markdown(HEADER, table_rows(rows)) + (
+    text = "# Comparison\n\n" + pages.markdown(HEADER, table_rows(rows)) + (
         "\n\nBest model on validation, test part. One run: Wilson 95 % interval of the accuracy. "
         "Several runs: mean ± sd over them, cost per run. Intervals assume independent images; "
         "images of one patient are not, so they are too narrow.")
@@ -189,7 +189,7 @@ def page(rows: dict[str, dict], tests: list[dict]) -> str:
         text += (" Paper: Table 4, its averages unlabelled; test sizes are those that its figures "
                  "imply. It publishes no predictions: no paired test with it is possible.")
     if tested := test_rows(tests):
-        text += "\n\n## The same test images, paired\n\n" + report.markdown(
+        text += "\n\n## The same test images, paired\n\n" + pages.markdown(
             ["A", "B", "n", "accuracy A − B (95 %, paired)",
              "right in A only : B only", "exact McNemar p, runs of one seed paired"], tested) + (
             "\n\nTwo single runs: Newcombe's interval. Several seeds: bootstrap over images. Where "
@@ -215,7 +215,7 @@ def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> Non
             else:
                 axis.plot([accuracy["low"], accuracy["high"]], [y, y], color=color)
                 axis.plot(accuracy["value"], y, "d", color=color)
-        axis.set_yticks(range(len(rows)), [f"{label} ({report.show(row['accuracy'])})"
+        axis.set_yticks(range(len(rows)), [f"{label} ({pages.show(row['accuracy'])})"
                                            for label, row in rows.items()], fontsize=7)
         axis.set_xlabel("accuracy: 95 % interval; of several runs each and their mean", fontsize=7)
         axis.invert_yaxis()

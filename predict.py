@@ -8,9 +8,12 @@
 Exit code 1 where an image could not be read; the others are done.
 """
 
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,7 @@ import models
 from checks import InputError, guard, make_parser, warn
 from dataset import interventions, table
 from dataset.files import CLASS_NAMES, decode_all, find_files
-from reporting import inference, metrics, report, run_folder, tables
+from reporting import finished, inference, metrics, pages, run_folder, tables
 
 MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
 
@@ -121,7 +124,7 @@ def temperature(folder: Path) -> float:
     """`temperature.json` of the run; fitted on its validation predictions if not yet there."""
     path = folder / "temperature.json"
     if not path.exists():
-        val = tables.read_predictions(folder, "val")
+        val = finished.read_predictions(folder, "val")
         value = fit_temperature(val.logits, val.labels)
         before, after = (metrics.measure(val.logits / t, val.labels, val.classes)
                          for t in (1.0, value))
@@ -177,6 +180,33 @@ def write_csv(path: Path, files: list[Path], labels: list[str], logits: np.ndarr
     tables.write_csv(path, rows)
 
 
+@contextmanager
+def reserved(out: str | None, default: Path, companion: str) -> Iterator[Path]:
+    """The name of a file to write: `out`, or the default, numbered if taken. Held by an empty file
+    until it is written, so that two processes never take one name; free again if the work fails.
+    companion: suffix of a second file that is written beside. Raises InputError before any work."""
+    for number in itertools.count(1):
+        number = f"-{number}" if number > 1 else ""
+        path = Path(out) if out else default.with_name(f"{default.stem}{number}{default.suffix}")
+        taken = [p for p in (path, path.with_suffix(companion)) if p.exists()]
+        if out and (taken or path.suffix == companion):
+            raise InputError(f"--out {out}: " + (f"{taken[0]} exists already" if taken else
+                                                 f"must not end in {companion}"))
+        try:
+            if not taken:
+                path.touch(exist_ok=False)
+                break
+        except FileExistsError:
+            continue  # taken by another process a moment ago
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"--out {path}: there is no folder {path.parent}") from None
+    try:
+        yield path
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_arguments(parser)
@@ -188,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     files, labels = [f for f, _ in found], [label_of(f, root, names) for f, root in found]
     if (listed := table.chosen(args)) is not None:
         files, labels = from_table(listed, args, files, names)
-    with run_folder.reserved(args.out, folder / "predicted.csv", ".json") as out:
+    with reserved(args.out, folder / "predicted.csv", ".json") as out:
         t = temperature(folder) if args.calibrate else 1.0
         logits, seconds, bad = predict(trained if args.exact else inference.fast(trained), files, t)
         write_csv(out, files, labels, logits, seconds, trained.classes)
@@ -198,9 +228,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(files) - len(bad)} images to {out}" + (f", temperature {t:.3f}" if t != 1 else ""))
     if figures is not None:
         unlabelled = len(files) - len(bad) - figures["n"]
-        report.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[
-            figures["n"], report.show(figures["accuracy"]),
-            *(report.show(figures[k]) for k in ("macro_f1", "kappa", "roc_auc", "loss", "ece"))]])
+        pages.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[
+            figures["n"], pages.show(figures["accuracy"]),
+            *(pages.show(figures[k]) for k in ("macro_f1", "kappa", "roc_auc", "loss", "ece"))]])
         print(f"all figures: {out.with_suffix('.json')}"
               + (f"; {unlabelled} images without a class folder left out" if unlabelled else ""))
     for i, reason in sorted(bad.items()):

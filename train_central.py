@@ -19,7 +19,7 @@ import models
 from checks import InputError, guard, integer, number
 from dataset import splits
 from reporting import report, run_folder, tables
-from training import evaluation, experiment, folds
+from training import evaluation, experiment
 from training.processes import Job
 from training.recipe import DEMONSTRATION
 from training.recipe import add_arguments as add_recipe_arguments
@@ -171,7 +171,7 @@ def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experime
               f"{len(split['test'])} test images", flush=True)
         train_alone(args, part, run, split, start, client_id)
     titles = run.images.titles(run.clients) if args.local_only else []
-    folds.pool_folds(folder, run.images, {name: split for name, split, _ in parts},
+    report.pool_folds(folder, run.images, {name: split for name, split, _ in parts},
                      {f"client{k}": title for k, title in enumerate(titles)})
 
 

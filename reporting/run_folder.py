@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from checks import InputError, make_parser, warn
-from data import Images, load
+from data import Images
 from dataset import interventions
 from dataset.files import say_passed
 from dataset.splits import Split
@@ -143,33 +143,6 @@ def new_folder(out: str | None, default: str) -> Path:
                                  ) from None
 
 
-@contextmanager
-def reserved(out: str | None, default: Path, companion: str) -> Iterator[Path]:
-    """The name of a file to write: `out`, or the default, numbered if taken. Held by an empty file
-    until it is written, so that two processes never take one name; free again if the work fails.
-    companion: suffix of a second file that is written beside. Raises InputError before any work."""
-    for number in itertools.count(1):
-        number = f"-{number}" if number > 1 else ""
-        path = Path(out) if out else default.with_name(f"{default.stem}{number}{default.suffix}")
-        taken = [p for p in (path, path.with_suffix(companion)) if p.exists()]
-        if out and (taken or path.suffix == companion):
-            raise InputError(f"--out {out}: " + (f"{taken[0]} exists already" if taken else
-                                                 f"must not end in {companion}"))
-        try:
-            if not taken:
-                path.touch(exist_ok=False)
-                break
-        except FileExistsError:
-            continue  # taken by another process a moment ago
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"--out {path}: there is no folder {path.parent}") from None
-    try:
-        yield path
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
 def write_run(folder: Path, args: argparse.Namespace, script: str, images: Images,
               device: torch.device, part_of: str | None = None) -> None:
     """Write run.json: everything that made the run what it is. part_of: the name of the larger
@@ -211,20 +184,6 @@ def check_images(folder: Path, images: Images) -> dict:
     if run["fingerprint"] != images.fingerprint():
         raise InputError(f"{folder}: the images are not those of the run")
     return run
-
-
-def load_images(folder: Path, place: str | None = None) -> tuple[dict, Images]:
-    """run.json of a run, and the images that it was made with, read again. place: the folder where
-    they are now, if they were moved."""
-    arguments = read_run(folder)["arguments"]
-    moved = {"data": place} if place else {}
-    if arguments["table"] and (folder / "split.csv").exists():  # it says all that the table said
-        moved |= {"table": str(folder / "split.csv"), "columns": None, "skip_unlisted": True}
-    try:
-        images = load(argparse.Namespace(**arguments | moved))
-    except InputError as error:
-        raise InputError(f"{error} (images that were moved: --data DIR)") from None
-    return check_images(folder, images), images
 
 
 def start_or_resume(folder: Path, images: Images, split: Split, clients: list[np.ndarray],

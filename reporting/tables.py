@@ -1,8 +1,7 @@
-"""The tables of a run folder, split.csv and predictions.csv: written whole, read back the same."""
+"""The tables of a run folder: split.csv, written and read back, and predictions.csv, written."""
 
 import csv
 import io
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -63,18 +62,6 @@ def read_split(folder: Path, images: Images) -> tuple[Split, list[np.ndarray], l
                    for name in names], names
 
 
-def read_units(folder: Path, paths: list[str]) -> tuple[str, np.ndarray] | None:
-    """("patient", their names, str [n]) of these images where the run knew them, else of its
-    groups; None where it knew neither."""
-    try:
-        with open(folder / "split.csv", **CSV) as file:
-            rows = {row["path"]: row for row in csv.DictReader(file)}
-    except FileNotFoundError:
-        return None
-    return next(((unit, np.array([rows[path][unit] for path in paths])) for unit in UNITS
-                 if rows and all(rows.get(path, {}).get(unit) is not None for path in paths)), None)
-
-
 def write_predictions(folder: Path, images: Images, split: Split, logits: dict) -> None:
     """predictions.csv of the best model. logits: part → float32 [n, C] in the order of the part."""
     names = part_names(split, len(images.paths))
@@ -87,32 +74,3 @@ def write_predictions(folder: Path, images: Images, split: Split, logits: dict) 
                              images.classes[p.argmax()], *(f"{x:.9g}" for x in p)])
     header = ["path", "label", "split", "prediction", *(f"p_{c}" for c in images.classes)]
     write_csv(folder / "predictions.csv", [header, *rows])
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Rows of a `predictions.csv`, in the order of their paths."""
-    paths: list[str]
-    labels: np.ndarray  # int64 [n]
-    logits: np.ndarray  # float64 [n, C], the logarithms of the probabilities written
-    classes: list[str]
-
-
-def read_predictions(folder: Path, part: str = "test") -> Predictions:
-    """Test images (all out-of-fold ones of a k-fold run), or those of `val`, as
-    `write_predictions` wrote them. Raises InputError where there are none."""
-    try:
-        with open(folder / "predictions.csv", **CSV) as file:
-            header, *rows = csv.reader(file)
-        classes = [name.removeprefix("p_") for name in header[4:]]
-        rows = sorted(row for row in rows if part in row[2].split("+")
-                      or (part == "test" and row[2].startswith("fold")))
-        p = np.array([row[4:] for row in rows], dtype=np.float64).reshape(len(rows), len(classes))
-        labels = np.array([classes.index(row[1]) for row in rows], dtype=np.int64)
-    except FileNotFoundError:
-        raise InputError(f"{folder}: has no predictions.csv; is the run complete?") from None
-    except (ValueError, IndexError) as error:
-        raise InputError(f"{folder}/predictions.csv: damaged ({error})") from None
-    if not rows:
-        raise InputError(f"{folder}/predictions.csv: no {part} image in it")
-    return Predictions([row[0] for row in rows], labels, np.log(np.maximum(p, 1e-45)), classes)
