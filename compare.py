@@ -7,6 +7,8 @@ Runs that differ by their seed alone are one row, mean ± sd; a run of `--local-
 of its clients.
 """
 
+from checks import InputError, guard, make_parser
+
 import json
 import re
 from collections.abc import Iterable
@@ -16,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from checks import InputError, guard, make_parser
 from reporting import figures, metrics, paired, report, run_folder
 
 # Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000

@@ -9,6 +9,8 @@ Reads any tree with one folder per class. The two public layouts of the ALL set 
 their class names mapped to Benign, Early, Pre, Pro.
 """
 
+from checks import InputError, guard, integer, make_parser, number, warn
+
 import argparse
 import hashlib
 import os
@@ -23,7 +25,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checks import InputError, guard, integer, make_parser, number, warn
 from dataset import interventions, splits, synthetic
 from dataset.augment import Augmentation, augment, draw_parameters
 from dataset.files import CLASSES, decode_all, find_class_folders, find_files, say_passed

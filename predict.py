@@ -7,6 +7,8 @@
 Exit code 1 where an image could not be read; the others are done.
 """
 
+from checks import InputError, guard, make_parser, warn
+
 import json
 import sys
 import time
@@ -20,7 +22,6 @@ from tqdm import tqdm
 
 import data
 import models
-from checks import InputError, guard, make_parser, warn
 from dataset import interventions
 from dataset.files import CLASS_NAMES, decode_all, find_files
 from reporting import inference, metrics, report, run_folder

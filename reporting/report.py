@@ -1,5 +1,7 @@
 """A run folder made readable: `report.md` and the tables on the terminal, from what is there."""
 
+from checks import warn
+
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -7,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from checks import warn
 from data import Images
 from dataset.files import CLASSES
 from dataset.splits import Split, count_twins

@@ -5,6 +5,8 @@ report.md (report.py). Every file that is rewritten is written beside and rename
 leaves the old one or the new one, whole.
 """
 
+from checks import InputError, make_parser, warn
+
 import argparse
 import csv
 import io
@@ -21,7 +23,6 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
-from checks import InputError, make_parser, warn
 from data import Images, load
 from dataset import interventions
 from dataset.files import say_passed

@@ -1,5 +1,7 @@
 """Toy images, toy networks and files on disk for the tests; nothing here is downloaded or real."""
 
+import checks  # noqa: F401 - before torch
+
 import json
 import multiprocessing
 import os

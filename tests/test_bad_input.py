@@ -1,5 +1,7 @@
 """Whatever the user gets wrong: one clear line on stderr, exit code 2, nothing lost."""
 
+import checks
+
 import resource
 import shutil
 import subprocess
@@ -12,7 +14,6 @@ import torch
 from helpers import BASE, ROOT, SMALL, Process, kill, same_run, train, write_tree
 from PIL import Image
 
-import checks
 import models
 import train_central
 import train_federated

@@ -1,5 +1,7 @@
 """The comparison on run folders made by hand: what it groups, tests, and refuses to test."""
 
+from checks import InputError
+
 import csv
 import json
 
@@ -8,7 +10,6 @@ import pytest
 from helpers import BASE, script
 
 import compare
-from checks import InputError
 from reporting import metrics
 
 CLASSES = ["Benign", "Early"]

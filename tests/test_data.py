@@ -1,5 +1,7 @@
 """Reading images, layouts, modes, batches."""
 
+from checks import InputError
+
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,6 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import data
-from checks import InputError
 from dataset import synthetic
 from dataset.augment import Augmentation
 from dataset.files import CLASSES, decode

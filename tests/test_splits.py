@@ -1,5 +1,7 @@
 """Splits and partitions: the paper's counts and hash, disjointness, determinism, refusals."""
 
+from checks import InputError
+
 import hashlib
 import os
 import subprocess
@@ -10,7 +12,6 @@ import pytest
 import torch
 from helpers import ROOT
 
-from checks import InputError
 from dataset import splits
 
 PAPER = np.repeat(np.arange(4), (504, 985, 963, 804))  # ImageFolder order of the 3,256 images
