@@ -44,3 +44,13 @@ def test_scaling_prints_one_json_object_last_and_draws(capsys, monkeypatch, tmp_
     sent = out["updates_mb_a_round"]
     assert sent["4"] == 2 * sent["2"]  # one model a client: two of four clients, one of two
     assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+def test_contention_prints_one_json_object_last(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["contention.py", "--networks", "demonstration",
+                                     "--environments", "libgomp", "--steps", "1", "--blocks", "1"])
+    runpy.run_path(str(FOLDER / "contention.py"), run_name="__main__")
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])["demonstration"]["libgomp"]
+    assert list(out) == ["idle_steps_per_second", "busy_over_idle", "two_over_idle",
+                         "idle_over_libgomp"]
+    assert all(v > 0 for v in out.values()) and out["idle_over_libgomp"] == 1
