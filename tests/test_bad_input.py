@@ -40,8 +40,8 @@ def place(tmp_path_factory):
     (root / "groups.csv").write_text("a/a-001.png,1\n")
     (root / "groups-bad.csv").write_text("no comma here\n")
     torch.save({"conv1.weight": torch.zeros(2)}, root / "other.pt")
-    state = models.build("shufflenet_v2_x0_5", 1000).state_dict()
-    torch.save(state | {"conv1.0.weight": torch.zeros(3)}, root / "shape.pt")
+    state = models.build("toynet", 1000).state_dict()
+    torch.save(state | {"conv1.weight": torch.zeros(3)}, root / "shape.pt")
     torch.save({"state": Path("x")}, root / "code.pt")
     (root / "cut.pt").write_bytes((root / "shape.pt").read_bytes()[:3000])
     train(good, root / "run", "--rounds", 1)
@@ -108,10 +108,10 @@ CASES = [
     # weights
     (GOOD + " --weights absent.pt", "absent.pt: no such file"),
     (GOOD + " --weights other.pt", "another architecture"),
-    (GOOD + " --weights shape.pt", "wrong shape of conv1.0.weight"),
+    (GOOD + " --weights shape.pt", "wrong shape of conv1.weight"),
     (GOOD + " --weights cut.pt", "truncated"),
     (GOOD + " --weights code.pt", "refused"),
-    (GOOD + " --weights imagenet", "--weights PATH, or --weights none"),
+    (GOOD + " --model resnet18 --weights imagenet", "--weights PATH, or --weights none"),
     # runs
     (GOOD + " --out run", "--out run: exists already"),
     (GOOD + " --out empty", "--out empty: exists already"),
