@@ -2,7 +2,6 @@
 
 import checks
 
-import resource
 import shutil
 import subprocess
 import sys
@@ -76,7 +75,7 @@ CASES = [
     ("--data broken", "a/text.jpg"), ("--data broken", "b/zero.png"),
     ("--data broken", "b/cut.png"),
     ("--data bomb", "a/bomb.png (more than 89,478,485 pixels; the environment variable"),
-    (GOOD + " --batch-size 1", "--batch-size 1"),
+    (GOOD + " --model shufflenet_v2_x0_5 --batch-size 1", "--batch-size 1"),
     (GOOD + " --model googlenet", "has auxiliary classifiers: not supported"),
     (GOOD + " --groups groups.csv", "--groups is used by --split grouped only"),
     (GOOD + " --groups groups.csv --split grouped", "29 image(s) not in it, first a/a-002.png"),
@@ -147,7 +146,7 @@ CENTRAL = [
     (GOOD + " --model resnet49", "unknown model"), (GOOD + " --weights absent.pt", "no such file"),
     (GOOD + " --amp bf16 --image-size 16", "--amp bf16 needs images over 16 pixels"),
     (GOOD + " --device cuda:7", "not there"), (GOOD + " --out run", "exists already"),
-    (GOOD + " --folds 2 --batch-size 1", "--batch-size 1"),
+    (GOOD + " --model shufflenet_v2_x0_5 --folds 2 --batch-size 1", "--batch-size 1"),
     ("--resume run", "a run of train_federated.py"), ("--resume empty", "not a run folder"),
     ("--resume folds/fold1", "part of a larger run, resume folds"),
     ("--resume folds --epochs 9", "--epochs is 1 there, not 9"),
@@ -243,17 +242,15 @@ def test_skip_bad_goes_on_and_records(place, tmp_path, capsys):
 
 
 def test_disk_full_keeps_the_last_good_checkpoint(place, tmp_path):
-    """A real process under a file size limit that the first file fits and a later one does not."""
+    """A process under a file size limit that the first file fits and a later one does not."""
     out = train(place / "good", tmp_path / "whole", "--rounds", 2)
     part = tmp_path / "part"
     limit = (out / "last.pt").stat().st_size - 100  # history makes the last one the largest
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    command = [sys.executable, ROOT / "train_federated.py", "--data", place / "good", *BASE,
-               "--rounds", "2", "--out", part]
-    done = subprocess.run(list(map(str, command)), preexec_fn=limited, capture_output=True,
-                          text=True, check=False)
+    program = ("import resource, runpy\n"
+               f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+               f"runpy.run_path({str(ROOT / 'train_federated.py')!r}, run_name='__main__')\n")
+    done = Process(program, ["--data", place / "good", *BASE, "--rounds", "2", "--out",
+                             part]).wait()
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
     assert models.read_file(part / "last.pt")["round"] < 2 and not list(part.glob("*.tmp"))

@@ -150,11 +150,13 @@ runpy.run_module(sys.argv.pop(1), run_name=sys.argv.pop(1))
     ("reporting.architecture", "__main__", {}, ["0", None]),
     ("dataset.augment", "x", {}, ["0", None]), ("torch", "x", {}, [None, None]),
     ("train_federated", "x", {"GOMP_SPINCOUNT": "7"}, ["7", None]),
-    ("train_federated", "x", {"OMP_WAIT_POLICY": "active"}, [None, "active"])])
+    ("train_federated", "x", {"OMP_WAIT_POLICY": "active"}, [None, "active"]),
+    ("benchmarks.contention", "__main__ --work resnet50 scripts 1", {}, ["0", None]),
+    ("benchmarks.contention", "__main__ --work resnet50 libgomp 1", {}, [None, None])])
 def test_threads_do_not_spin_unless_the_user_says_so(module, run_name, given, expected):
     clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", WATCH, module, run_name], env=clean | given,
-                          cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", WATCH, module, *run_name.split()], cwd=ROOT,
+                          env=clean | given, capture_output=True, text=True, check=True)
     assert done.stdout == f"{expected}\n"
 
 
