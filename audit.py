@@ -7,6 +7,8 @@ A few minutes for 3,256 images on two cores. Writes report.md, audit.json, figur
 groups.csv, which --table takes. Pictures in it are for local use only.
 """
 
+from checks import InputError, guard, integer, make_parser
+
 import argparse
 from pathlib import Path
 
@@ -18,7 +20,6 @@ from tqdm import tqdm
 import data
 import models
 from auditing import duplicates, probes
-from checks import InputError, guard, integer, make_parser
 from dataset import interventions, splits, table
 from dataset.files import CLASSES
 from dataset.images import UNITS

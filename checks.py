@@ -1,6 +1,7 @@
 """Bad input becomes one clear line on stderr and exit code 2: the error, the flag types, the guard.
 
-This file imports no other file of the project, and every other file may import it.
+This file imports no other file of the project, and every other file may import it. Every script
+imports it first, so that what it sets for the threads stands before torch is loaded.
 """
 
 import argparse
@@ -9,6 +10,11 @@ import os
 import sys
 from collections.abc import Callable
 from typing import TextIO
+
+# torch's threads wait for each other at every layer. libgomp lets them spin meanwhile, and beside
+# one busy process a step takes many times as long. It reads this once, when torch is loaded.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "0"
 
 
 class InputError(Exception):

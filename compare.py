@@ -7,6 +7,8 @@ Runs that differ by their seed alone are one row, mean ± sd; a run of `--local-
 of its clients.
 """
 
+from checks import InputError, guard, make_parser
+
 import json
 import re
 from collections.abc import Iterable
@@ -16,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from checks import InputError, guard, make_parser
 from dataset import splits
 from reporting import figures, finished, metrics, pages, paired, run_folder
 

@@ -9,6 +9,8 @@ Reads any tree with one folder per class. The two public layouts of the ALL set 
 their class names mapped to Benign, Early, Pre, Pro.
 """
 
+from checks import InputError, guard, integer, make_parser, warn
+
 import argparse
 import hashlib
 from collections import Counter
@@ -21,7 +23,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checks import InputError, guard, integer, make_parser, warn
 from dataset import interventions, parts, synthetic, table
 from dataset.augment import Augmentation, augment, draw_parameters
 from dataset.files import Found, decode_all, find_images, say_passed

@@ -8,6 +8,8 @@ Input gradient, integrated gradients, Grad-CAM and LIME; each checked by deletio
 the weights, by its share of the scale-bar corner and of the background. All in float32.
 """
 
+from checks import InputError, guard, integer, make_parser, number, warn
+
 import argparse
 import copy
 import re
@@ -23,7 +25,6 @@ from tqdm import tqdm
 
 import data
 import models
-from checks import InputError, guard, integer, make_parser, number, warn
 from dataset import interventions
 from dataset.files import decode_all
 from explaining import attribution, faithfulness

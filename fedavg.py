@@ -11,6 +11,8 @@ state that it is given. `train_local` is the only training loop of the project: 
 calls it too. Everything that a client draws at random comes from (seed, round, client, epoch).
 """
 
+from checks import InputError, warn
+
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +24,6 @@ from torch import Tensor, nn
 
 import data
 import models
-from checks import InputError, warn
 from dataset.augment import Augmentation
 from models import State
 

@@ -1,5 +1,7 @@
 """Networks: build, freeze, initialise, save and load; which of their entries are BatchNorm's."""
 
+from checks import InputError
+
 import argparse
 import copy
 import os
@@ -14,8 +16,6 @@ from urllib.error import URLError
 import torch
 import torchvision
 from torch import Tensor, nn
-
-from checks import InputError
 
 State = dict[str, Tensor]
 BATCHNORM = nn.modules.batchnorm._BatchNorm  # found by isinstance: names differ between networks

@@ -8,6 +8,8 @@
 Exit code 1 where an image could not be read; the others are done.
 """
 
+from checks import InputError, guard, make_parser, warn
+
 import itertools
 import json
 import sys
@@ -24,7 +26,6 @@ from tqdm import tqdm
 
 import data
 import models
-from checks import InputError, guard, make_parser, warn
 from dataset import interventions, table
 from dataset.files import CLASS_NAMES, decode_all, find_files
 from reporting import finished, inference, metrics, pages, run_folder, tables

@@ -6,6 +6,8 @@
     python train_central.py                                # drawn smears: minutes on two cores
 """
 
+from checks import InputError, guard, integer, number
+
 import argparse
 import time
 from pathlib import Path
@@ -16,7 +18,6 @@ from tqdm import tqdm
 import data
 import fedavg
 import models
-from checks import InputError, guard, integer, number
 from dataset import splits
 from reporting import report, run_folder, tables
 from training import evaluation, experiment

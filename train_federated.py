@@ -8,6 +8,8 @@
 `train` is the round loop. For what each hospital reaches alone: train_central.py --local-only.
 """
 
+from checks import integer, number
+
 import argparse
 import time
 from dataclasses import replace
@@ -20,7 +22,6 @@ from tqdm import tqdm
 import data
 import fedavg
 import models
-from checks import integer, number
 from dataset import parts
 from reporting import report, run_folder
 from training import evaluation, experiment, processes

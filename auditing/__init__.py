@@ -1,1 +1,3 @@
 """What a data set gives away, with or without a network."""
+
+import checks  # noqa: F401 - before torch

@@ -11,22 +11,24 @@ lime_over_forward = one LIME explanation over the network's forward passes on as
 paper states 15 ms an image on a Tesla P100. Last line: JSON.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from checks import guard, integer, make_parser
+
 import copy
 import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 import torchvision
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import models
-from checks import guard, integer, make_parser
 from dataset import synthetic
 from explaining import attribution
 from reporting import inference

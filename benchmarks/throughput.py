@@ -9,12 +9,16 @@ ceiling = `fedavg.train_step` on one ready batch in memory; plain = ImageFolder,
 and with 2 workers (the faster counts), float32, per-image torchvision transforms. Last line: JSON.
 """
 
-import json
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from checks import guard, integer, make_parser
+
+import json
 import tempfile
 import time
 from itertools import islice
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -24,11 +28,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import fedavg
 import models
-from checks import guard, integer, make_parser
 from dataset import synthetic
 from dataset.augment import Augmentation
 

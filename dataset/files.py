@@ -1,5 +1,7 @@
 """Files on disk: which belong to which class, and one file as 8-bit RGB pixels."""
 
+from checks import InputError
+
 import contextlib
 import hashlib
 import os
@@ -12,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-
-from checks import InputError
 
 CLASSES = ("Benign", "Early", "Pre", "Pro")
 CLASS_NAMES = {"benign": "Benign", "early": "Early", "pre": "Pre", "pro": "Pro",

@@ -5,14 +5,14 @@ every image the same mean in all three channels (Buchsbaum 1980), so that stain 
 say less.
 """
 
+from checks import InputError
+
 import argparse
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from checks import InputError
 
 CORNER = (0.7, 0.85, 1.0, 1.0)  # left, top, right, bottom, shares: where the scale bar is
 MARGIN = 0.1  # of the side: how far around it the local background is looked for

@@ -1,11 +1,12 @@
 """Which images train, validate and test, and which client owns which: what flags and table say."""
 
+from checks import InputError, integer, number, warn
+
 import argparse
 from collections import Counter
 
 import numpy as np
 
-from checks import InputError, integer, number, warn
 from dataset import splits
 from dataset.images import UNITS, Images
 

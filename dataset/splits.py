@@ -4,6 +4,8 @@ Everything here depends on (labels, names, digests, seed) alone: no image, no mo
 beyond that of the data set. Every function returns sorted int64 arrays, so that a part is a set.
 """
 
+from checks import InputError, warn
+
 import re
 
 import numpy as np
@@ -16,8 +18,6 @@ from sklearn.model_selection import (
     StratifiedKFold,
     train_test_split,
 )
-
-from checks import InputError, warn
 
 SPLITS = ("random", "stratified", "stratified80", "grouped", "blocked")
 FOLDS = ("stratified", "random", "grouped", "blocked")  # of k-fold cross-validation

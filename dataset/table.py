@@ -7,6 +7,8 @@
 A column with another heading is named by --columns path=imagename patient=patientid.
 """
 
+from checks import InputError, warn
+
 import argparse
 import csv
 import io
@@ -15,7 +17,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from checks import InputError, warn
 from dataset.files import PARTS, Found, class_names
 from dataset.images import UNITS
 

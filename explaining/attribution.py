@@ -4,6 +4,8 @@ Every function takes one image and one class and returns a float32 map [H, W]; t
 in eval mode and is left as it was: no gradient kept, no hook left behind.
 """
 
+from checks import InputError
+
 from collections.abc import Callable
 
 import numpy as np
@@ -12,8 +14,6 @@ import torch.nn.functional as F
 from lime.lime_image import LimeImageExplainer
 from lime.wrappers.scikit_image import SegmentationAlgorithm
 from torch import Tensor, nn
-
-from checks import InputError
 
 Classify = Callable[[Tensor], np.ndarray]  # uint8 [n, 3, H, W] → probabilities [n, C]
 CHUNK = 16  # images of one backward pass

@@ -4,11 +4,12 @@
     python -m reporting.architecture resnet50 --train-from layer4
 """
 
+from checks import guard, integer, make_parser
+
 import torch
 from torch import nn
 
 import models
-from checks import guard, integer, make_parser
 
 
 def table(model: nn.Module, size: int) -> list[tuple[str, str, int, int]]:

@@ -1,5 +1,7 @@
 """Every figure (PNG): curves, matrices and bars; grids of images for explanations and audits."""
 
+from checks import warn
+
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,6 @@ from matplotlib.text import Text
 from scipy.special import softmax
 from sklearn.metrics import roc_curve
 
-from checks import warn
 from dataset.images import Images
 from dataset.interventions import INTERVENTIONS, apply
 

@@ -1,5 +1,7 @@
 """What a finished run left, read back: its predictions, and its images."""
 
+from checks import InputError
+
 import argparse
 import csv
 from dataclasses import dataclass
@@ -7,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from checks import InputError
 from data import load
 from dataset.images import UNITS, Images
 from reporting.run_folder import check_images, read_run

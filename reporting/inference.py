@@ -5,6 +5,8 @@ the convolutions (torch.fx) and computes in bf16 where the device does so native
 bears it: a ResNet50 does, a MobileNetV2 does not.
 """
 
+from checks import InputError, integer, warn
+
 import argparse
 import copy
 from dataclasses import dataclass, replace
@@ -17,7 +19,6 @@ from torch.fx.experimental import optimization
 
 import data
 import models
-from checks import InputError, integer, warn
 from dataset import interventions, synthetic
 from dataset.files import CLASSES
 

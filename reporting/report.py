@@ -4,13 +4,14 @@ Of one network, of several in folders of their own (folds, hospitals alone), or 
 images of their own. results.json comes first; nothing that only decorates may end a run.
 """
 
+from checks import warn
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from checks import warn
 from dataset.images import UNITS, Images
 from dataset.parts import both_sides
 from dataset.splits import Split, count_twins

@@ -5,6 +5,8 @@ report.md (report.py). Every file that is rewritten is written beside and rename
 leaves the old one or the new one, whole.
 """
 
+from checks import InputError, make_parser, warn
+
 import argparse
 import itertools
 import json
@@ -17,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checks import InputError, make_parser, warn
 from data import Images
 from dataset import interventions
 from dataset.files import say_passed

@@ -1,5 +1,7 @@
 """The tables of a run folder: split.csv, written and read back, and predictions.csv, written."""
 
+from checks import InputError
+
 import csv
 import io
 from pathlib import Path
@@ -7,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from scipy.special import softmax
 
-from checks import InputError
 from dataset.images import UNITS, Images
 from dataset.splits import Split, by_name
 from models import write_whole

@@ -1,5 +1,7 @@
 """What tests of several files share: the toy data set on disk, a place for other users."""
 
+import checks  # noqa: F401 - before torch
+
 import os
 import tempfile
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Maps on networks whose answer is known by hand, and what must hold on any network."""
 
+from checks import InputError
+
 import copy
 
 import numpy as np
@@ -12,7 +14,6 @@ from lime.wrappers.scikit_image import SegmentationAlgorithm
 from torch import nn
 
 import models
-from checks import InputError
 from explaining import attribution
 
 

@@ -1,5 +1,7 @@
 """Audits: planted duplicates and shortcuts are found, and nothing where nothing is."""
 
+from checks import InputError
+
 import csv
 import io
 import json
@@ -16,7 +18,6 @@ import data
 import models
 import predict
 from auditing import duplicates, probes
-from checks import InputError
 from dataset import interventions
 from reporting import paired, tables
 

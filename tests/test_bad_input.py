@@ -1,6 +1,7 @@
 """Whatever the user gets wrong: one clear line on stderr, exit code 2, nothing lost."""
 
-import resource
+import checks
+
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import torch
 from helpers import BASE, ROOT, SMALL, Process, kill, same_run, train, write_tree
 from PIL import Image
 
-import checks
 import models
 import train_central
 import train_federated
@@ -39,8 +39,8 @@ def place(tmp_path_factory):
     (root / "groups.csv").write_text("a/a-001.png,1\n")
     (root / "groups-bad.csv").write_text("no comma here\n")
     torch.save({"conv1.weight": torch.zeros(2)}, root / "other.pt")
-    state = models.build("shufflenet_v2_x0_5", 1000).state_dict()
-    torch.save(state | {"conv1.0.weight": torch.zeros(3)}, root / "shape.pt")
+    state = models.build("toynet", 1000).state_dict()
+    torch.save(state | {"conv1.weight": torch.zeros(3)}, root / "shape.pt")
     torch.save({"state": Path("x")}, root / "code.pt")
     (root / "cut.pt").write_bytes((root / "shape.pt").read_bytes()[:3000])
     train(good, root / "run", "--rounds", 1)
@@ -75,7 +75,7 @@ CASES = [
     ("--data broken", "a/text.jpg"), ("--data broken", "b/zero.png"),
     ("--data broken", "b/cut.png"),
     ("--data bomb", "a/bomb.png (more than 89,478,485 pixels; the environment variable"),
-    (GOOD + " --batch-size 1", "--batch-size 1"),
+    (GOOD + " --model shufflenet_v2_x0_5 --batch-size 1", "--batch-size 1"),
     (GOOD + " --model googlenet", "has auxiliary classifiers: not supported"),
     (GOOD + " --groups groups.csv", "--groups is used by --split grouped only"),
     (GOOD + " --groups groups.csv --split grouped", "29 image(s) not in it, first a/a-002.png"),
@@ -107,10 +107,10 @@ CASES = [
     # weights
     (GOOD + " --weights absent.pt", "absent.pt: no such file"),
     (GOOD + " --weights other.pt", "another architecture"),
-    (GOOD + " --weights shape.pt", "wrong shape of conv1.0.weight"),
+    (GOOD + " --weights shape.pt", "wrong shape of conv1.weight"),
     (GOOD + " --weights cut.pt", "truncated"),
     (GOOD + " --weights code.pt", "refused"),
-    (GOOD + " --weights imagenet", "--weights PATH, or --weights none"),
+    (GOOD + " --model resnet18 --weights imagenet", "--weights PATH, or --weights none"),
     # runs
     (GOOD + " --out run", "--out run: exists already"),
     (GOOD + " --out empty", "--out empty: exists already"),
@@ -146,7 +146,7 @@ CENTRAL = [
     (GOOD + " --model resnet49", "unknown model"), (GOOD + " --weights absent.pt", "no such file"),
     (GOOD + " --amp bf16 --image-size 16", "--amp bf16 needs images over 16 pixels"),
     (GOOD + " --device cuda:7", "not there"), (GOOD + " --out run", "exists already"),
-    (GOOD + " --folds 2 --batch-size 1", "--batch-size 1"),
+    (GOOD + " --model shufflenet_v2_x0_5 --folds 2 --batch-size 1", "--batch-size 1"),
     ("--resume run", "a run of train_federated.py"), ("--resume empty", "not a run folder"),
     ("--resume folds/fold1", "part of a larger run, resume folds"),
     ("--resume folds --epochs 9", "--epochs is 1 there, not 9"),
@@ -242,17 +242,15 @@ def test_skip_bad_goes_on_and_records(place, tmp_path, capsys):
 
 
 def test_disk_full_keeps_the_last_good_checkpoint(place, tmp_path):
-    """A real process under a file size limit that the first file fits and a later one does not."""
+    """A process under a file size limit that the first file fits and a later one does not."""
     out = train(place / "good", tmp_path / "whole", "--rounds", 2)
     part = tmp_path / "part"
     limit = (out / "last.pt").stat().st_size - 100  # history makes the last one the largest
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    command = [sys.executable, ROOT / "train_federated.py", "--data", place / "good", *BASE,
-               "--rounds", "2", "--out", part]
-    done = subprocess.run(list(map(str, command)), preexec_fn=limited, capture_output=True,
-                          text=True, check=False)
+    program = ("import resource, runpy\n"
+               f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+               f"runpy.run_path({str(ROOT / 'train_federated.py')!r}, run_name='__main__')\n")
+    done = Process(program, ["--data", place / "good", *BASE, "--rounds", "2", "--out",
+                             part]).wait()
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
     assert models.read_file(part / "last.pt")["round"] < 2 and not list(part.glob("*.tmp"))

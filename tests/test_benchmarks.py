@@ -44,3 +44,27 @@ def test_scaling_prints_one_json_object_last_and_draws(capsys, monkeypatch, tmp_
     sent = out["updates_mb_a_round"]
     assert sent["4"] == 2 * sent["2"]  # one model a client: two of four clients, one of two
     assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+def test_contention_prints_one_json_object_last(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["contention.py", "--networks", "demonstration",
+                                     "--environments", "scripts", "--steps", "1", "--blocks", "1"])
+    runpy.run_path(str(FOLDER / "contention.py"), run_name="__main__")
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])["demonstration"]["scripts"]
+    assert list(out) == ["idle_steps_per_second", "busy_over_idle", "two_over_idle"]
+    assert all(v > 0 for v in out.values())
+
+
+def test_contention_compares_medians_with_idle_and_with_what_libgomp_does_by_itself(capsys,
+                                                                                    monkeypatch):
+    program = runpy.run_path(str(FOLDER / "contention.py"), run_name="contention")
+    idle = {"scripts": [2.0, 1.0, 9.0], "libgomp": [1.0] * 3, "passive": [4.0] * 3}
+    monkeypatch.setitem(program["main"].__globals__, "measure", lambda network, variant, steps: {
+        "idle": idle[variant].pop(), "two": 4.0, "busy": 8.0})
+    monkeypatch.setattr("sys.argv", ["contention.py", "--networks", "resnet50"])
+    program["main"]()
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert out == {"resnet50": {
+        name: {"idle_steps_per_second": 1 / s, "busy_over_idle": s / 8, "two_over_idle": s / 4,
+               "idle_over_libgomp": 1 / s}
+        for name, s in (("scripts", 2.0), ("libgomp", 1.0), ("passive", 4.0))}}

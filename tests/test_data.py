@@ -1,18 +1,17 @@
 """Reading images, layouts, modes, batches."""
 
-import subprocess
-import sys
+from checks import InputError
+
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, toy_images, write_tree
+from helpers import CPU, script, toy_images, write_tree
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import data
-from checks import InputError
 from dataset import synthetic
 from dataset.augment import Augmentation
 from dataset.files import CLASSES, decode
@@ -190,9 +189,8 @@ def test_describe_names_what_it_finds(tmp_path):
     write_tree(tmp_path / "set", {"x": 30, "y": 30})
     (tmp_path / "set" / "x" / "bad.png").write_text("no picture")
     Image.open(tmp_path / "set" / "x" / "x-001.png").save(tmp_path / "set" / "y" / "twin.png")
-    done = subprocess.run([sys.executable, ROOT / "data.py", "--data", tmp_path / "set",
-                           "--clients", "2", "--sheet", tmp_path / "sheet.png"],
-                          capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = script("--data", tmp_path / "set", "--clients", "2", "--sheet", tmp_path / "sheet.png",
+                  name="data.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "set: 61 images" in done.stdout and "61 of 20x20 RGB" in done.stdout
     assert "unreadable: x/bad.png" in done.stdout and "1 copies of another" in done.stdout

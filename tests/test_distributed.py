@@ -71,7 +71,8 @@ HARD = ("--partition", "dirichlet", "--fraction", "0.5", "--clients", "5", "--op
 
 
 @pytest.mark.parametrize(("count", "flags"), [
-    (2, HARD), (3, (*HARD, "--bn", "local")), (3, ("--clients", "2", "--bn", "recalibrate"))])
+    (2, HARD), (3, (*HARD, "--bn", "local")),
+    (3, ("--clients", "2", "--bn", "recalibrate", "--model", "shufflenet_v2_x0_5"))])
 def test_any_number_of_processes_gives_the_bytes_of_one(tree, alone, tmp_path, count, flags):
     """Three processes for two clients too: one of them never has work."""
     out = tmp_path / "run"

@@ -1,5 +1,7 @@
 """explain.py on a real small run: what it writes, that it repeats, and what it refuses."""
 
+import checks
+
 import csv
 import json
 import shutil
@@ -9,7 +11,6 @@ import pytest
 import torch
 from helpers import script, train
 
-import checks
 import explain
 import models
 from reporting import finished, inference

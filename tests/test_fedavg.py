@@ -1,5 +1,7 @@
 """Averaging, the local loop and the round, against hand-computed numbers and an oracle."""
 
+from checks import InputError
+
 import argparse
 import itertools
 from dataclasses import replace
@@ -14,7 +16,6 @@ from torch import nn
 import data
 import fedavg
 import models
-from checks import InputError
 from dataset.augment import Augmentation
 from fedavg import Recipe
 from training import evaluation

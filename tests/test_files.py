@@ -1,5 +1,7 @@
 """What is on disk is read in one way only where no other reading is possible."""
 
+from checks import InputError
+
 import numpy as np
 import pytest
 from helpers import train, write_tree
@@ -7,7 +9,6 @@ from PIL import Image, PngImagePlugin
 
 import data
 import predict
-from checks import InputError
 from dataset.files import decode_all, find_class_folders
 
 

@@ -1,5 +1,7 @@
 """Networks: sizes, heads, BatchNorm by isinstance, weights in and out, refusals."""
 
+from checks import InputError
+
 import argparse
 import io
 import pickle
@@ -12,7 +14,6 @@ from helpers import BNNet, equal
 from torch import nn
 
 import models
-from checks import InputError
 from reporting import architecture
 from training import evaluation
 

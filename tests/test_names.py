@@ -1,5 +1,7 @@
 """Names that users really have, and files that are never destroyed."""
 
+from checks import InputError
+
 import json
 import threading
 import warnings
@@ -9,7 +11,6 @@ import pytest
 from helpers import train, write_tree
 
 import predict
-from checks import InputError
 from dataset.files import CLASSES
 from reporting import figures, metrics, pages, run_folder
 

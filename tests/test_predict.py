@@ -1,5 +1,7 @@
 """predict.py and inference: the evaluated figures, folded or exact; labels from folders; errors."""
 
+import checks
+
 import copy
 import csv
 import json
@@ -12,7 +14,6 @@ from helpers import SMALL, script, train
 from scipy.special import softmax
 from torch import nn
 
-import checks
 import data
 import models
 import predict

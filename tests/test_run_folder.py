@@ -1,5 +1,7 @@
 """Run folders of older versions: read under today's names, or refused in one line."""
 
+from checks import InputError
+
 import json
 
 import pytest
@@ -12,7 +14,6 @@ import explain
 import models
 import predict
 import train_federated
-from checks import InputError
 from reporting import run_folder
 
 # What a run.json held before flags were renamed, beside what did not change.

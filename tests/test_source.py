@@ -1,8 +1,10 @@
 """Promises about the source itself: every flag is read, sizes hold, no network host, no import."""
 
 import ast
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,79 @@ def test_arrows_go_one_way():
             assert other not in SCRIPTS, f"{name} imports the script {other}"
 
 
+BENCHMARKS = {f"benchmarks/{f.name}": ast.parse(f.read_text("utf-8"))
+              for f in (ROOT / "benchmarks").glob("*.py")}
+SHARED = {f"tests/{name}": ast.parse((ROOT / "tests" / name).read_text("utf-8"))
+          for name in ("conftest.py", "helpers.py")}  # loaded before any test
+THREADED = {"torch", "torchvision", "sklearn", "skimage", "lime"}  # packages that load libgomp
+
+
+def loaded(name, trees):
+    """The modules that a file loads when it is started, in order: at its top level, not inside
+    functions; of a package its __init__.py first."""
+    order = []
+
+    def load(module):
+        parts = module.split(".")
+        for dotted in (".".join(parts[:i]) for i in range(1, len(parts) + 1)):
+            if dotted not in order:
+                order.append(dotted)
+                base = dotted.replace(".", "/")
+                walk(next((trees[f] for f in (f"{base}.py", f"{base}/__init__.py") if f in trees),
+                          ast.Module([], [])))
+
+    def walk(tree):
+        for node in tree.body:
+            for alias in getattr(node, "names", []):
+                if isinstance(node, ast.Import):
+                    load(alias.name)
+                if isinstance(node, ast.ImportFrom):
+                    load(node.module)
+                    if f"{node.module}/{alias.name}.py" in trees:
+                        load(f"{node.module}.{alias.name}")
+    for room in name.split("/")[:-1]:
+        load(room)
+    walk(trees[name])
+    return order
+
+
+@pytest.mark.parametrize("name", [*TREES, *BENCHMARKS, *SHARED])
+def test_whatever_is_started_or_imported_first_loads_checks_before_torch(name):
+    trees = TREES | BENCHMARKS | SHARED
+    order = loaded(name, trees | {"helpers.py": trees["tests/helpers.py"]})
+    threaded = [i for i, module in enumerate(order) if module in THREADED]
+    assert name == "checks.py" or not threaded or order.index("checks") < threaded[0], order
+
+
+# Says what stands in the environment at the moment that a package of THREADED is first looked for.
+WATCH = f"""
+import os, runpy, sys
+class Watch:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {THREADED}:
+            print([os.environ.get(x) for x in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")])
+            sys.exit()
+sys.meta_path.insert(0, Watch)
+runpy.run_module(sys.argv.pop(1), run_name=sys.argv.pop(1))
+"""
+
+
+@pytest.mark.parametrize(("module", "run_name", "given", "expected"), [
+    ("train_federated", "train_federated", {}, ["0", None]),
+    ("train_central", "__main__", {}, ["0", None]),
+    ("reporting.architecture", "__main__", {}, ["0", None]),
+    ("dataset.augment", "x", {}, ["0", None]), ("torch", "x", {}, [None, None]),
+    ("train_federated", "x", {"GOMP_SPINCOUNT": "7"}, ["7", None]),
+    ("train_federated", "x", {"OMP_WAIT_POLICY": "active"}, [None, "active"]),
+    ("benchmarks.contention", "__main__ --work resnet50 scripts 1", {}, ["0", None]),
+    ("benchmarks.contention", "__main__ --work resnet50 libgomp 1", {}, [None, None])])
+def test_threads_do_not_spin_unless_the_user_says_so(module, run_name, given, expected):
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", WATCH, module, *run_name.split()], cwd=ROOT,
+                          env=clean | given, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{expected}\n"
+
+
 def test_the_parts_of_a_room_do_not_import_each_other_in_a_circle():
     graph = {name.removesuffix(".py").replace("/", "."): imported(tree)
              for name, tree in TREES.items()}
@@ -103,7 +178,8 @@ def test_the_top_level_is_the_list_and_every_room_is_a_package():
         "pyproject.toml", ".gitignore", ".ci", "docs", "results", "benchmarks", "tests"}
     for room in ROOMS:
         lines = (ROOT / room / "__init__.py").read_text("utf-8").splitlines()
-        assert len(lines) == 1 and lines[0].startswith('"""')
+        assert lines[0].startswith('"""') and lines[0].endswith('"""')
+        assert lines[1:] == ["", "import checks  # noqa: F401 - before torch"]
 
 
 def lines_of(name):

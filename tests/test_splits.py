@@ -1,18 +1,20 @@
 """Splits and partitions: the paper's counts and hash, disjointness, determinism, refusals."""
 
+from checks import InputError
+
 import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 
-from checks import InputError
 from dataset import splits
 
+ROOT = Path(__file__).parent.parent  # not from helpers, which would load the whole house again
 PAPER = np.repeat(np.arange(4), (504, 985, 963, 804))  # ImageFolder order of the 3,256 images
 PATHS = [f"c{y}/WBC-{i:03d}.jpg" for y, n in enumerate((504, 985, 963, 804))
          for i in range(1, n + 1)]

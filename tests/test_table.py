@@ -1,5 +1,7 @@
 """--table: what one CSV file says of each image, and what follows from it."""
 
+from checks import InputError
+
 import argparse
 import csv
 import json
@@ -15,7 +17,6 @@ import data
 import predict
 import train_central
 import train_federated
-from checks import InputError
 from dataset import parts, splits, table
 from reporting import metrics, paired, tables
 

@@ -1,5 +1,7 @@
 """Central training: equal to one client, folds that do not leak, kills, seeds, single sites."""
 
+from checks import InputError
+
 import csv
 import json
 
@@ -10,7 +12,6 @@ from helpers import ROOT, SMALL, equal, history, kill, same_run, script, train
 import fedavg
 import models
 import train_central
-from checks import InputError
 from reporting import metrics, run_folder
 from training import evaluation
 

@@ -64,7 +64,7 @@ def test_results_are_those_of_the_checkpoints_reloaded(hard_run, tree):
     assert {p for p, s in parts.items() if s in ("val", "test")} == set(rows)
     for which, path in (("best", out / "model.pt"), ("last", out / "last.pt")):
         content = models.read_file(path)
-        model = models.build("shufflenet_v2_x0_5", 3)
+        model = models.build("toynet", 3)
         model.load_state_dict(content["state"])
         assert results[which]["round"] == content["round"]
         for part in ("val", "test"):
@@ -88,6 +88,10 @@ def test_results_are_those_of_the_checkpoints_reloaded(hard_run, tree):
 
 def test_same_command_same_bytes_in_another_process(hard_run, tree, tmp_path):
     assert same_run(hard_run[0], train(tree, tmp_path / "again", *HARD))
+    more = [*HARD, "--model", "shufflenet_v2_x0_5", "--rounds", 2]  # one of torchvision's own
+    done = script("--data", tree, *BASE, *more, "--out", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    assert same_run(tmp_path / "one", train(tree, tmp_path / "two", *more))
 
 
 def test_another_seed_and_another_split_seed_differ(hard_run, tree, tmp_path):
@@ -167,7 +171,7 @@ def test_bn_local_measures_each_client_on_its_own_share(tree, tmp_path):
                 "--clients", 3, "--alpha", 1)
     results = json.loads((out / "results.json").read_text())
     content = models.read_file(out / "model.pt")
-    keys = set(models.batchnorm_keys(models.build("shufflenet_v2_x0_5", 3)))
+    keys = set(models.batchnorm_keys(models.build("toynet", 3)))
     assert set(content["local_bn"]) == {0, 1, 2}
     assert all(set(s) == keys for s in content["local_bn"].values())
     for part in ("val", "test"):
@@ -280,7 +284,7 @@ def test_numbered_folders_by_default(tree, tmp_path, monkeypatch):
     for _ in range(2):
         train_federated.main(["--data", str(tree), *BASE, "--rounds", "1"])
     names = sorted(p.name for p in (tmp_path / "runs").iterdir())
-    base = "federated-shufflenet_v2_x0_5-toy-seed0"
+    base = "federated-toynet-toy-seed0"
     assert names == [base, base + "-2"]
     assert os.listdir(tmp_path) == ["runs"]
 

@@ -1,5 +1,7 @@
 """What users do to runs: move data, start twice, close the terminal, bring few images."""
 
+from checks import InputError
+
 import json
 import os
 import shutil
@@ -17,7 +19,6 @@ import data
 import explain
 import train_central
 import train_federated
-from checks import InputError
 from dataset import splits
 from reporting import baselines, finished, run_folder
 

@@ -1,1 +1,3 @@
 """What both trainers share around the algorithm itself."""
+
+import checks  # noqa: F401 - before torch

@@ -3,6 +3,8 @@
 Both trainers build their experiment here, and so does whoever builds a recorded run anew.
 """
 
+from checks import InputError, warn
+
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +15,6 @@ import torch
 import data
 import fedavg
 import models
-from checks import InputError, warn
 from dataset import parts, splits
 from reporting import run_folder, tables
 from training.processes import Job

@@ -9,6 +9,9 @@ processes gives the same bytes. With --site-data every process is a hospital wit
 and only what `ALLOWED` lists leaves it (SECURITY.md). Numbers and JSON cross by gloo, no pickle.
 """
 
+import checks
+from checks import InputError
+
 import argparse
 import hashlib
 import io
@@ -28,9 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import checks
 import models
-from checks import InputError
 from dataset.files import CLASSES
 from fedavg import Update
 from models import State
@@ -75,8 +76,7 @@ class Job:
             dist.init_process_group("gloo", timeout=limit, store=self.store, rank=rank,
                                     world_size=world)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"the processes of the job did not meet ({reason})") from None
+            raise InputError(f"the processes did not meet ({str(error).splitlines()[0]})") from None
         sys.stderr = sys.__stderr__
         checks.quiet = self.rank > 0 and name is None  # rank 0 warns of the same
         names = self.exchange("agreement", name)

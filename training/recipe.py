@@ -1,5 +1,7 @@
 """The flags of local training (the paper's Table 3 and section 3.4), and the recipe they give."""
 
+from checks import InputError, integer, number
+
 import argparse
 from dataclasses import fields
 
@@ -7,7 +9,6 @@ import torch
 
 import data
 import models
-from checks import InputError, integer, number
 from dataset.augment import Augmentation
 from fedavg import Recipe
 
