@@ -114,6 +114,9 @@ ALL_SET = {"level": "The public ALL set has no patient or slide ids: a patient-l
                  "not removed.",
         "intervals": "With about 37 images a patient (89 patients, 3,256 images) they are too "
                      "narrow for the ALL set."}
+TABLE = OWN | {"level": "Where the table names patients or groups, the results say on which sides "
+                        "they stand. " + OWN["level"],
+               "intervals": "Those by patient and by group do not."}
 SYNTHETIC = {"level": "Each picture is drawn independently.",
              "leaks": "none else by construction.", "intervals": "Here that holds."}
 
@@ -171,7 +174,8 @@ def tail(folder: Path, run: dict, twins: int, n: int, colour: str) -> str:
         data=f"{run['data']}, {run['images']} images, classes {', '.join(run['classes'])}",
         fingerprint=run["fingerprint"][:16], split=run["arguments"]["split"], twins=twins,
         split_seed=run["arguments"]["split_seed"], n=n, colour=colour,
-        **(SYNTHETIC if run["synthetic"] else ALL_SET if is_all_set(run) else OWN))
+        **(SYNTHETIC if run["synthetic"] else TABLE if run["arguments"]["table"] else
+           ALL_SET if is_all_set(run) else OWN))
     return f"{figures_and_settings(folder, run)}\n\n{card}"
 
 

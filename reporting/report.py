@@ -68,9 +68,9 @@ def budget(records: list[dict]) -> dict:
 
 
 def unit_sections(images: Images, several: list[Split], test: dict) -> list[str]:
-    """What patients, and groups, are known of: who stands on both sides, how many are in each part,
-    and the intervals that hold for new ones. Nothing where none are known."""
-    out = [f"**WARNING: {line}.**" for line in both_sides(images, several)]
+    """The heading of the results. Where patients, or groups, are known: who stands on both sides of
+    the split, how many are in each part, and the intervals that hold for new ones."""
+    out = [f"**WARNING: {line}.**" for line in both_sides(images, several)] + ["## Results"]
     for unit in UNITS:
         if (by := test.get(f"by_{unit}")) is None:
             continue
@@ -142,7 +142,7 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
                   markdown(["client", *pages.CLIENTS],
                            pages.client_rows(test["clients"], images.titles(clients)))]
     pages.write_page(folder, [
-        pages.head(folder, run, results), "## Results", *unit_sections(images, [split], test),
+        pages.head(folder, run, results), *unit_sections(images, [split], test),
         f"{chosen}\n\n{markdown(pages.SUMMARY, pages.summary_rows(results, unit))}",
         pages.class_table(test, "best model, test"),
         *shares, pages.colour_table(results),
@@ -205,13 +205,12 @@ def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, 
     splits, rows = list(several.values()), pages.member_rows(results)
     figures.plot_curves([read_history(folder / name) for name in several], folder / "curves.png")
     run, colour = read_run(folder), "what the report of each part says"
-    sections = [pages.head(folder, run, results), "## Results",
-                *unit_sections(images, splits, results.get("best", {}).get("test", {})),
+    test = results["best"]["test"] if drawn else {}
+    sections = [pages.head(folder, run, results), *unit_sections(images, splits, test),
                 markdown(pages.MEMBERS, rows),
                 "Each row is a run in the folder of that name, with a report of its own."]
     pages.print_table(pages.MEMBERS, rows)
     if drawn is not None:
-        test = results["best"]["test"]
         figures.plot_confusion(test["confusion"], run["classes"], "out of fold",
                                folder / "confusion.png")
         figures.plot_roc(*drawn, run["classes"], test["per_class"], folder / "roc.png")
