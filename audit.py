@@ -23,7 +23,17 @@ from auditing import duplicates, probes
 from dataset import interventions, splits, table
 from dataset.files import CLASSES
 from dataset.images import UNITS
-from reporting import figures, finished, inference, metrics, pages, paired, run_folder, tables
+from reporting import (
+    figures,
+    finished,
+    inference,
+    metrics,
+    pages,
+    paired,
+    run_folder,
+    tables,
+    terminal,
+)
 
 FOLDS = 5
 CAUTION = ("Both intervals assume more independence than 37 images a patient allow: images of one "
@@ -100,7 +110,7 @@ def seed_distribution(x: np.ndarray, labels: np.ndarray, seeds: int) -> dict:
 def probe_table(found: dict) -> str:
     names = list(next(iter(found.values())))
     return pages.markdown(["probe", *names], [
-        [probe, *(pages.show(row[name]) for name in names)] for probe, row in found.items()])
+        [probe, *(terminal.show(row[name]) for name in names)] for probe, row in found.items()])
 
 
 def audit_data(args: argparse.Namespace) -> None:
@@ -250,7 +260,7 @@ def run_page(result: dict) -> list[str]:
     best = max(result["probes"].items(), key=lambda item: item[1]["accuracy"]["value"])
     more = (best[1]["difference"]["low"] or 0) > 0
     loud = "**SYNTHETIC DATA**\n\n" if result["synthetic"] else ""
-    rows = [[name, pages.show(p["accuracy"]), pages.show(p["difference"]),
+    rows = [[name, terminal.show(p["accuracy"]), terminal.show(p["difference"]),
              f"{p['mcnemar']['a_only']} / {p['mcnemar']['b_only']}", f"{p['mcnemar']['p']:.2g}"]
             for name, p in result["probes"].items()]
     missed = "\n".join(f"- {path}" for path in result["called_benign"]) or "none"
@@ -261,22 +271,22 @@ def run_page(result: dict) -> list[str]:
         "## More than the probes?",
         (f"The best probe is *{best[0]}*. The network knows "
          f"**{'more' if more else 'nothing more that this test part shows'}**: difference "
-         f"{pages.show(best[1]['difference'])}."),
+         f"{terminal.show(best[1]['difference'])}."),
         pages.markdown(["probe, same images and training part", "accuracy", "network − probe",
                          "right alone: network / probe", "McNemar p"], rows),
         "## Independence",
         pages.markdown(["accuracy", "value"], [
-            ["all test images, Wilson", pages.show(result["accuracy"])],
+            ["all test images, Wilson", terminal.show(result["accuracy"])],
             [f"all, by {result['groups_in_test']} {result['groups']}",
-             pages.show(result["clustered"])],
-            ["without a partner in training", pages.show(result["without_partner"])],
-            ["with a partner in training", pages.show(result["with_partner"])]]), CAUTION,
+             terminal.show(result["clustered"])],
+            ["without a partner in training", terminal.show(result["without_partner"])],
+            ["with a partner in training", terminal.show(result["with_partner"])]]), CAUTION,
         "## Under interventions", pages.markdown(
             ["intervention on the test images alone", "accuracy", "difference"],
-            [[name, pages.show(p["accuracy"]), pages.show(p["difference"])]
+            [[name, terminal.show(p["accuracy"]), terminal.show(p["difference"])]
              for name, p in result["under_interventions"].items()]),
         "## Leukaemias called benign", missed,
-        "## Calibration", f"Expected calibration error {pages.show(result['ece'])}.",
+        "## Calibration", f"Expected calibration error {terminal.show(result['ece'])}.",
         "![reliability](reliability.png)"]
 
 

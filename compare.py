@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset import splits
-from reporting import figures, finished, metrics, pages, paired, run_folder
+from reporting import figures, finished, metrics, pages, paired, run_folder, terminal
 
 # Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000
 # that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).
@@ -106,12 +106,12 @@ def summarise(members: list[Run]) -> dict:
 def table_rows(rows: dict[str, dict]) -> list[list]:
     out = []
     for label, row in rows.items():
-        triples = [" / ".join(pages.show(row.get(f"{kind}_{key}")) for key in
+        triples = [" / ".join(terminal.show(row.get(f"{kind}_{key}")) for key in
                               ("precision", "recall", "f1")) for kind in ("macro", "weighted")]
         cost = [f"{row[key]:.0f}" if key in row else "–" for key in ("images_seen", "seconds")]
-        out.append([label, row.get("runs", "–"), row["n"], pages.show(row["accuracy"]),
+        out.append([label, row.get("runs", "–"), row["n"], terminal.show(row["accuracy"]),
                     *("–" if set(t) <= set("– /") else t for t in triples),
-                    pages.show(row.get("kappa")), pages.show(row.get("roc_auc")), *cost])
+                    terminal.show(row.get("kappa")), terminal.show(row.get("roc_auc")), *cost])
     return out
 
 
@@ -216,7 +216,7 @@ def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> Non
             else:
                 axis.plot([accuracy["low"], accuracy["high"]], [y, y], color=color)
                 axis.plot(accuracy["value"], y, "d", color=color)
-        axis.set_yticks(range(len(rows)), [f"{label} ({pages.show(row['accuracy'])})"
+        axis.set_yticks(range(len(rows)), [f"{label} ({terminal.show(row['accuracy'])})"
                                            for label, row in rows.items()], fontsize=7)
         axis.set_xlabel("accuracy: 95 % interval; of several runs each and their mean", fontsize=7)
         axis.invert_yaxis()

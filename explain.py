@@ -28,7 +28,7 @@ import models
 from dataset import interventions
 from dataset.files import decode_all
 from explaining import attribution, faithfulness
-from reporting import figures, finished, inference, pages, run_folder
+from reporting import figures, finished, inference, pages, run_folder, terminal
 from reporting.tables import write_csv
 
 METHODS = ("gradient", "integrated-gradients", "grad-cam", "lime")
@@ -218,11 +218,11 @@ def verdict_table(found: dict) -> str:
         rows.append([
             method, "faithful" if m["faithful"] else "**not shown faithful**",
             "sensitive to the weights" if m["sensitive"] else "**not shown sensitive**",
-            *(pages.show(m[key]) for key in ("deletion_gain", "corner", "background")),
-            pages.show(m["rank_correlation"][-1]),
-            pages.show(m["jaccard"]) if "jaccard" in m else "–"])
-    rows.append(["(share of area)", "", "", "", pages.show(found["area"]["corner"]),
-                 pages.show(found["area"]["background"]), "", ""])
+            *(terminal.show(m[key]) for key in ("deletion_gain", "corner", "background")),
+            terminal.show(m["rank_correlation"][-1]),
+            terminal.show(m["jaccard"]) if "jaccard" in m else "–"])
+    rows.append(["(share of area)", "", "", "", terminal.show(found["area"]["corner"]),
+                 terminal.show(found["area"]["background"]), "", ""])
     return (f"n = {found['images']} images, predicted class; mean and 95 % interval over them.\n\n"
             + pages.markdown(["method", "deletion", "weights", "random − deletion area",
                                "share in the corner", "share on the brightest quarter",

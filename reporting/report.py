@@ -18,9 +18,10 @@ from dataset.splits import Split, count_twins
 from reporting import figures, metrics, pages
 from reporting.baselines import colour_only
 from reporting.finished import read_predictions
-from reporting.pages import markdown, show
+from reporting.pages import markdown
 from reporting.run_folder import read_history, read_json, read_run, write_json
 from reporting.tables import write_predictions
+from reporting.terminal import print_table, show
 
 NETWORK = ("data", "synthetic", "fingerprint", "model")  # what all parts of a run have in common
 
@@ -35,28 +36,10 @@ def decoration() -> Iterator[None]:
              "stands in results.json")
 
 
-def print_epoch(record: dict, total: int, unit: str = "epoch") -> None:
-    """The line of an epoch, or of a round; null figures are dashes."""
-    print(f"{unit} {record[unit]}/{total}: train loss {show(record['train_loss'])}, val loss "
-          f"{show(record['val_loss'])}, val accuracy {show(record['val_accuracy'])}, lr "
-          f"{record['lr']:g}, {record['images_per_second']:.1f} images/s", flush=True)
-
-
-def print_round(record: dict, rounds: int, names: list[str]) -> None:
-    """A line for each client of the round, then one for the round. names: of all clients."""
-    for c in record["clients"]:
-        norm = "not finite, left out" if c["left_out"] else show(c["update_norm"], 3)
-        name = c.get("site", names[c["client"]])
-        print(f"  {name}: {c['num_examples']} images, "
-              f"{c['steps']} steps, loss {show(c['loss'])}, accuracy {show(c['accuracy'], 3)}, "
-              f"update norm {norm}, skipped {show(c['skipped_steps'], 0)}")
-    print_epoch(record, rounds, "round")
-
-
 def print_summary(folder: Path, results: dict) -> None:
     """The table at the end of a run."""
     unit = "round" if "round" in results["best"] else "epoch"
-    pages.print_table(pages.SUMMARY, pages.summary_rows(results, unit))
+    print_table(pages.SUMMARY, pages.summary_rows(results, unit))
     pages.print_colour(results)
     print(f"report: {folder}/report.md")
 
@@ -209,7 +192,7 @@ def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, 
     sections = [pages.head(folder, run, results), *unit_sections(images, splits, test),
                 markdown(pages.MEMBERS, rows),
                 "Each row is a run in the folder of that name, with a report of its own."]
-    pages.print_table(pages.MEMBERS, rows)
+    print_table(pages.MEMBERS, rows)
     if drawn is not None:
         figures.plot_confusion(test["confusion"], run["classes"], "out of fold",
                                folder / "confusion.png")
@@ -262,6 +245,6 @@ def draw_sites(folder: Path, results: dict, history: list[dict], classes: list[s
          "what crossed between sites, and what that does not protect, stands in SECURITY.md. "
          "Research and teaching only, not a medical device."),
         pages.figures_and_settings(folder, run)])
-    pages.print_table(pages.SUMMARY, pages.summary_rows(results))
-    pages.print_table(header, rows)
+    print_table(pages.SUMMARY, pages.summary_rows(results))
+    print_table(header, rows)
     print(f"report: {folder}/report.md")
