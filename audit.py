@@ -116,7 +116,8 @@ def probe_table(found: dict) -> str:
 def audit_data(args: argparse.Namespace) -> None:
     """Duplicates, shortcut probes and split seeds of a data set."""
     images = data.read_folder(args.data, args.image_size, skip_bad=True,
-                              listed=table.chosen(args), skip_unlisted=args.skip_unlisted)
+                              listed=table.chosen(args), skip_unlisted=args.skip_unlisted,
+                              cache=args.cache)
     folder = run_folder.new_folder(args.out, f"runs/audit-{images.name}")
     labels = images.labels.numpy()
     groups, counts, near = find_groups(images)
@@ -220,7 +221,7 @@ def read_groups(listed: table.Table, images: data.Images) -> np.ndarray:
 def audit_run(args: argparse.Namespace) -> None:
     """A trained network against the probes, on its own test part."""
     folder = Path(args.run)
-    run, images = finished.load_images(folder, args.data)
+    run, images = finished.load_images(folder, args.data, args.cache)
     test = finished.read_predictions(folder)
     trained = inference.load(folder, models.pick_device(args.device))
     groups = read_groups(table.chosen(args), images) if args.table else find_groups(images)[0]
@@ -296,6 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     add = kinds.add_parser("data", help="audit a data set").add_argument
     add("data", metavar="DIR")
     add("--out", metavar="DIR", help="default runs/audit-NAME")
+    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--image-size", type=integer(32), default=224, help="side in pixels (default 224)")
     table.add_arguments(add)
     add("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
@@ -303,6 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     add("run", metavar="RUN", help="run folder")
     table.add_arguments(add)
     add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
+    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--out", metavar="DIR", help="default RUN/audit, numbered if taken")
     add("--device", default="auto")
     args = parser.parse_args(argv)

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("images").add_argument
     add("--images", nargs="+", metavar="FILE", help="explain these instead of test images")
     add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
+    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--per-class", type=integer(1), default=3,
         help="test images of each class, evenly spaced in path order (default 3)")
     add = parser.add_argument_group("methods").add_argument
@@ -84,9 +85,10 @@ def choose(test: finished.Predictions, per_class: int) -> dict[str, str]:
 
 
 def of_the_run(folder: Path, trained: inference.Trained, per_class: int,
-               place: str | None = None) -> list[Subject]:
+               place: str | None = None, cache: str | None = None) -> list[Subject]:
     """Test images of the run. Refuses data that changed; warns where predictions.csv differs."""
-    test, (_, images) = finished.read_predictions(folder), finished.load_images(folder, place)
+    test = finished.read_predictions(folder)
+    images = finished.load_images(folder, place, cache)[1]
     chosen, place = choose(test, per_class), {path: i for i, path in enumerate(images.paths)}
     pixels = images.pixels[[place[path] for path in chosen]]
     p = inference.probabilities(trained, pixels)
@@ -287,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     if trained.image_size < faithfulness.GRID:
         raise InputError(f"images of {trained.image_size} pixels are too small to explain")
     subjects = given(args.images, trained) if args.images else \
-        of_the_run(folder, trained, args.per_class, args.data)
+        of_the_run(folder, trained, args.per_class, args.data, args.cache)
     founds, checks = [], []
     classify = partial(inference.probabilities, trained)
     with tqdm(total=len(subjects) + len(STAGES), desc="explaining", disable=None) as bar:

@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = run_folder.begin(args, "central", run.images, run.device)
     with run_folder.resumable(folder):
         print(f"run folder: {folder}; {args.model} on {run.device}")
-        run.images.pixels = run.images.pixels.to(run.device)  # once; batches are gathered there
+        data.keep_on(run.images, run.device)
         if args.local_only:
             tables.write_split(folder, run.images, run.several[""], run.clients)
             train_parts(args, folder, run, parts)

@@ -32,7 +32,7 @@ try:
 except ImportError:  # Windows has no such lock
     fcntl = None
 
-UNRECORDED = ("resume", "out", "timeout", "argv")  # arguments that say where, not what
+UNRECORDED = ("resume", "out", "timeout", "argv", "cache")  # arguments that say where, not what
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

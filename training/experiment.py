@@ -83,7 +83,7 @@ def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experime
         tables.write_split(job.folder, run.images, split, run.clients)
     if folder is not None:
         checkpoint = run_folder.start_or_resume(folder, run.images, split, run.clients, checkpoint)
-    run.images.pixels = run.images.pixels.to(run.device)
+    data.keep_on(run.images, run.device)
     checkpoint = job.resume(checkpoint, state)
     moved = {k: models.moved(s, run.device) for k, s in checkpoint["local_bn"].items()}
     return checkpoint | {"state": models.moved(checkpoint["state"], run.device), "local_bn": moved}
