@@ -2,11 +2,14 @@
 
 import json
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import Process, ranks
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+HERE = FOLDER.parent, FOLDER.with_name("tests")
 
 
 def test_throughput_prints_one_json_object_last(capsys, monkeypatch):
@@ -34,8 +37,26 @@ def test_latency_prints_one_json_object_last(capsys, monkeypatch):
 
 
 def test_scaling_prints_one_json_object_last_and_draws(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.argv", ["scaling.py", "--model", "shufflenet_v2_x0_5", "--image-size",
-                                     "16", "--clients", "2", "4", "--rounds", "2", "--blocks", "1",
+    """Only the first job under torchrun is a command, the other runs are forked."""
+    commands, run = [], subprocess.run
+
+    def launched(command, env, **options):
+        under_torchrun, place = "torch.distributed.run" in command, command.index("--work")
+        program, given = Path(command[place - 1]), command[place:]
+        if under_torchrun and not commands:
+            knows_toynet = tmp_path / "scaling.py"
+            knows_toynet.write_text(f"import runpy, sys\nsys.path[:0] = {[*map(str, HERE)]}\n"
+                                    f"import helpers\nrunpy.run_path({str(program)!r}, "
+                                    "run_name='__main__')\n")
+            commands.append([*command[:place - 1], str(knows_toynet), *given])
+            return run(commands[0], env=env, **options)
+        done = (ranks(2, [given] * 2, program=program) if under_torchrun else
+                [Process(program, given, threads=int(env["OMP_NUM_THREADS"])).wait()])
+        assert [d.returncode for d in done] == [0] * len(done), done
+        return done
+    monkeypatch.setattr(subprocess, "run", launched)
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--model", "toynet", "--image-size", "16",
+                                     "--clients", "2", "4", "--rounds", "2", "--blocks", "1",
                                      "--figure", str(tmp_path / "scaling.png")])
     runpy.run_path(str(FOLDER / "scaling.py"), run_name="__main__")
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
