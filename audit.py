@@ -4,7 +4,7 @@
     python audit.py run runs/NAME            # the network against the probes, on its own test part
 
 A few minutes for 3,256 images on two cores. Writes report.md, audit.json, figures, and of data
-groups.csv, which --split grouped --groups takes. Pictures in it are for local use only.
+groups.csv, which --table takes. Pictures in it are for local use only.
 """
 
 from checks import InputError, guard, integer, make_parser
@@ -20,8 +20,20 @@ from tqdm import tqdm
 import data
 import models
 from auditing import duplicates, probes
-from dataset import interventions, splits
-from reporting import figures, inference, metrics, paired, report, run_folder
+from dataset import interventions, splits, table
+from dataset.files import CLASSES
+from dataset.images import UNITS
+from reporting import (
+    figures,
+    finished,
+    inference,
+    metrics,
+    pages,
+    paired,
+    run_folder,
+    tables,
+    terminal,
+)
 
 FOLDS = 5
 CAUTION = ("Both intervals assume more independence than 37 images a patient allow: images of one "
@@ -54,9 +66,11 @@ def partners(images: data.Images, groups: np.ndarray) -> dict:
     out, labels = {}, images.labels.numpy()
     kinds = {kind: (kind, images.digests) for kind in splits.SPLITS}
     kinds["grouped, these groups"] = ("grouped", groups.tolist())
-    for name, (kind, given) in kinds.items():
+    kinds |= {"given": ("given", None)} if "split" in images.known else {}
+    for name, (kind, units) in kinds.items():
         try:
-            split = splits.make_split(kind, labels, 42, paths=images.paths, groups=given)
+            split = (splits.given(images.known["split"], labels, 42) if kind == "given" else
+                     splits.make_split(kind, labels, 42, paths=images.paths, groups=units))
         except InputError as error:
             out[name] = {"n": None, "partners": None, "identical": None, "why": str(error)}
             continue
@@ -95,13 +109,14 @@ def seed_distribution(x: np.ndarray, labels: np.ndarray, seeds: int) -> dict:
 
 def probe_table(found: dict) -> str:
     names = list(next(iter(found.values())))
-    return report.markdown(["probe", *names], [
-        [probe, *(report.show(row[name]) for name in names)] for probe, row in found.items()])
+    return pages.markdown(["probe", *names], [
+        [probe, *(terminal.show(row[name]) for name in names)] for probe, row in found.items()])
 
 
 def audit_data(args: argparse.Namespace) -> None:
     """Duplicates, shortcut probes and split seeds of a data set."""
-    images = data.read_folder(args.data, args.image_size, skip_bad=True)
+    images = data.read_folder(args.data, args.image_size, skip_bad=True,
+                              listed=table.chosen(args), skip_unlisted=args.skip_unlisted)
     folder = run_folder.new_folder(args.out, f"runs/audit-{images.name}")
     labels = images.labels.numpy()
     groups, counts, near = find_groups(images)
@@ -114,7 +129,7 @@ def audit_data(args: argparse.Namespace) -> None:
               "probes": rows, "majority_class": float(np.bincount(labels).max() / len(labels)),
               "split_seeds": seed_distribution(features["colour statistics"], labels,
                                                args.split_seeds)}
-    run_folder.write_csv(folder / "groups.csv", [
+    tables.write_csv(folder / "groups.csv", [
         ["path", "group"],
         *([path, images.paths[g]] for path, g in zip(images.paths, groups, strict=True))])
     figures.plot_pairs(images, near, folder / "near-duplicates.png")
@@ -122,7 +137,7 @@ def audit_data(args: argparse.Namespace) -> None:
     figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
     figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
     run_folder.write_json(folder / "audit.json", result)
-    report.write_page(folder, data_page(result))
+    pages.write_page(folder, data_page(result))
     print(f"{counts['identical_copies']} identical copies, {counts['near_pairs']} near pairs "
           f"({counts['near_pairs_across_classes']} across classes), {counts['groups']} groups")
     print(probe_table(rows))
@@ -140,13 +155,13 @@ def data_page(result: dict) -> list[str]:
         (f"{counts['images']} images, fingerprint `{result['fingerprint'][:16]}`; "
          f"{len(result['bad_files'])} unreadable."),
         "## Duplicates",
-        report.markdown(["what", "number"], [[k.replace("_", " "), v] for k, v in counts.items()]),
+        pages.markdown(["what", "number"], [[k.replace("_", " "), v] for k, v in counts.items()]),
         (f"Near: at least {duplicates.OVERLAP:.0%} of the field in common, correlation at least "
          f"{duplicates.CORRELATION:g} there. Pairs across classes are a lower bound of the false "
          "alarms. Rotated, mirrored and rescaled copies are not looked for."),
-        report.markdown(["split", "test images", "identical twin in training",
+        pages.markdown(["split", "test images", "identical twin in training",
                          "partner in training"], split_rows),
-        "`groups.csv`: `--split grouped --groups` of the trainers takes it.",
+        "`groups.csv` is a table that `--table` of the trainers takes.",
         "## Shortcut probes", (
             "RBF SVM (C = 10) on a few numbers an image, no network; accuracy with Wilson 95 % "
             f"interval, folds pooled. Largest class: {result['majority_class']:.4f}."),
@@ -188,16 +203,29 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
     return out
 
 
+def read_groups(listed: table.Table, images: data.Images) -> np.ndarray:
+    """int [n]: the patients or groups of a run's images, from a table."""
+    files = [Path(path) for path in images.paths]
+    rows = dict(zip(table.match(listed, files, [Path()]), listed.rows.values(), strict=True))
+    units = [splits.numbered(np.array([rows.get(i, {}).get(unit, "") for i in range(len(files))]))
+             for unit in UNITS if unit in listed.columns]
+    if not units:
+        raise InputError(f"{listed.name}: has neither a column patient nor a column group")
+    if len(rows) < len(files):
+        raise listed.wrong("image(s) of the run are not in it",
+                           [path for i, path in enumerate(images.paths) if i not in rows])
+    return splits.joined(units)
+
+
 def audit_run(args: argparse.Namespace) -> None:
     """A trained network against the probes, on its own test part."""
     folder = Path(args.run)
-    run, images = run_folder.load_images(folder, args.data)
-    test = run_folder.read_predictions(folder)
+    run, images = finished.load_images(folder, args.data)
+    test = finished.read_predictions(folder)
     trained = inference.load(folder, models.pick_device(args.device))
-    groups = (np.unique(data.read_groups(args.groups, images.paths), return_inverse=True)[1]
-              if args.groups else find_groups(images)[0])
+    groups = read_groups(table.chosen(args), images) if args.table else find_groups(images)[0]
     out = run_folder.new_folder(args.out, str(folder / "audit"))
-    split, _ = run_folder.read_split(folder, images)
+    split = tables.read_split(folder, images)[0]
     place = {path: i for i, path in enumerate(test.paths)}
     rows = [place[images.paths[i]] for i in split["test"]]
     logits, labels = test.logits[rows], test.labels[rows]
@@ -207,7 +235,8 @@ def audit_run(args: argparse.Namespace) -> None:
         "run": folder.name, "data": images.name, "synthetic": run["synthetic"],
         "interventions": list(trained.interventions), "n": len(labels),
         "accuracy": metrics.wilson(int(correct.sum()), len(labels)),
-        "cluster_bootstrap": paired.cluster_bootstrap(correct, groups[split["test"]]),
+        "clustered": metrics.clustered(correct, groups[split["test"]]),
+        "groups": "groups of the table" if args.table else "duplicate groups",
         "groups_in_test": len(np.unique(groups[split["test"]])),
         "without_partner": metrics.wilson(int(correct[alone].sum()), int(alone.sum())),
         "with_partner": metrics.wilson(int(correct[~alone].sum()), int((~alone).sum())),
@@ -216,22 +245,22 @@ def audit_run(args: argparse.Namespace) -> None:
                                                    correct),
         "ece": metrics.calibration_error(softmax(logits, axis=1), labels)}
     result["called_benign"] = []
-    if "Benign" in images.classes and set(images.classes) <= set(data.CLASSES):
+    if "Benign" in images.classes and set(images.classes) <= set(CLASSES):
         benign = images.classes.index("Benign")
         missed = np.flatnonzero((logits.argmax(1) == benign) & (labels != benign))
         result["called_benign"] = [images.paths[split["test"][i]] for i in missed]
     figures.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
     run_folder.write_json(out / "audit.json", result)
-    report.write_page(out, run_page(result))
+    pages.write_page(out, run_page(result))
     print(f"report: {out}/report.md")
 
 
 def run_page(result: dict) -> list[str]:
     """The sections of report.md of the audit of a run."""
     best = max(result["probes"].items(), key=lambda item: item[1]["accuracy"]["value"])
-    more = best[1]["difference"]["low"] > 0
+    more = (best[1]["difference"]["low"] or 0) > 0
     loud = "**SYNTHETIC DATA**\n\n" if result["synthetic"] else ""
-    rows = [[name, report.show(p["accuracy"]), report.show(p["difference"]),
+    rows = [[name, terminal.show(p["accuracy"]), terminal.show(p["difference"]),
              f"{p['mcnemar']['a_only']} / {p['mcnemar']['b_only']}", f"{p['mcnemar']['p']:.2g}"]
             for name, p in result["probes"].items()]
     missed = "\n".join(f"- {path}" for path in result["called_benign"]) or "none"
@@ -242,22 +271,22 @@ def run_page(result: dict) -> list[str]:
         "## More than the probes?",
         (f"The best probe is *{best[0]}*. The network knows "
          f"**{'more' if more else 'nothing more that this test part shows'}**: difference "
-         f"{report.show(best[1]['difference'])}."),
-        report.markdown(["probe, same images and training part", "accuracy", "network − probe",
+         f"{terminal.show(best[1]['difference'])}."),
+        pages.markdown(["probe, same images and training part", "accuracy", "network − probe",
                          "right alone: network / probe", "McNemar p"], rows),
         "## Independence",
-        report.markdown(["accuracy", "value"], [
-            ["all test images, Wilson", report.show(result["accuracy"])],
-            [f"all, bootstrap over {result['groups_in_test']} duplicate groups",
-             report.show(result["cluster_bootstrap"])],
-            ["without a partner in training", report.show(result["without_partner"])],
-            ["with a partner in training", report.show(result["with_partner"])]]), CAUTION,
-        "## Under interventions", report.markdown(
+        pages.markdown(["accuracy", "value"], [
+            ["all test images, Wilson", terminal.show(result["accuracy"])],
+            [f"all, by {result['groups_in_test']} {result['groups']}",
+             terminal.show(result["clustered"])],
+            ["without a partner in training", terminal.show(result["without_partner"])],
+            ["with a partner in training", terminal.show(result["with_partner"])]]), CAUTION,
+        "## Under interventions", pages.markdown(
             ["intervention on the test images alone", "accuracy", "difference"],
-            [[name, report.show(p["accuracy"]), report.show(p["difference"])]
+            [[name, terminal.show(p["accuracy"]), terminal.show(p["difference"])]
              for name, p in result["under_interventions"].items()]),
         "## Leukaemias called benign", missed,
-        "## Calibration", f"Expected calibration error {report.show(result['ece'])}.",
+        "## Calibration", f"Expected calibration error {terminal.show(result['ece'])}.",
         "![reliability](reliability.png)"]
 
 
@@ -268,10 +297,11 @@ def main(argv: list[str] | None = None) -> None:
     add("data", metavar="DIR")
     add("--out", metavar="DIR", help="default runs/audit-NAME")
     add("--image-size", type=integer(32), default=224, help="side in pixels (default 224)")
+    table.add_arguments(add)
     add("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
     add = kinds.add_parser("run", help="audit a trained run").add_argument
     add("run", metavar="RUN", help="run folder")
-    add("--groups", metavar="CSV", help="groups.csv of the data audit (default: found again)")
+    table.add_arguments(add)
     add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
     add("--out", metavar="DIR", help="default RUN/audit, numbered if taken")
     add("--device", default="auto")

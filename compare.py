@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reporting import figures, metrics, paired, report, run_folder
+from dataset import splits
+from reporting import figures, finished, metrics, pages, paired, run_folder, terminal
 
 # Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000
 # that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).
@@ -40,7 +41,8 @@ class Run:
     site: str  # of --local-only
     configuration: str
     results: dict
-    test: run_folder.Predictions
+    test: finished.Predictions
+    units: tuple[str, np.ndarray] | None  # patient or group of each test image, where known
 
     def correct(self) -> np.ndarray:
         """bool [n], in the order of the paths."""
@@ -70,8 +72,9 @@ def load(folder: Path, label: str | None = None) -> list[Run]:
     configuration = json.dumps([run["script"], {k: v for k, v in sorted(arguments.items())
                                                 if k not in WHERE}])
     site = folder.name if run.get("part_of") else ""
-    return [Run(label, folder, run["seed"], site, configuration, results,
-                run_folder.read_predictions(folder))]
+    test = finished.read_predictions(folder)
+    return [Run(label, folder, run["seed"], site, configuration, results, test,
+                finished.read_units(folder, test.paths))]
 
 
 def group(several: Iterable[Run]) -> dict[str, list[Run]]:
@@ -103,12 +106,12 @@ def summarise(members: list[Run]) -> dict:
 def table_rows(rows: dict[str, dict]) -> list[list]:
     out = []
     for label, row in rows.items():
-        triples = [" / ".join(report.show(row.get(f"{kind}_{key}")) for key in
+        triples = [" / ".join(terminal.show(row.get(f"{kind}_{key}")) for key in
                               ("precision", "recall", "f1")) for kind in ("macro", "weighted")]
         cost = [f"{row[key]:.0f}" if key in row else "–" for key in ("images_seen", "seconds")]
-        out.append([label, row.get("runs", "–"), row["n"], report.show(row["accuracy"]),
+        out.append([label, row.get("runs", "–"), row["n"], terminal.show(row["accuracy"]),
                     *("–" if set(t) <= set("– /") else t for t in triples),
-                    report.show(row.get("kappa")), report.show(row.get("roc_auc")), *cost])
+                    terminal.show(row.get("kappa")), terminal.show(row.get("roc_auc")), *cost])
     return out
 
 
@@ -149,10 +152,14 @@ def paired_tests(groups: dict[str, list[Run]]) -> list[dict]:
                                "images, so no paired test")
         else:
             correct = [np.mean([r.correct() for r in side], 0) for side in (left, right)]
-            pair["n"] = len(one[1])
-            pair["difference"] = paired.paired_difference(*correct)
-            pair["mcnemar"] = [{"seed": x.seed, **paired.mcnemar(x.correct(), y.correct())}
-                               for x in left for y in right if x.seed == y.seed]
+            unit, names = next((r.units for r in (*left, *right) if r.units), ("image", None))
+            numbers = None if names is None else splits.numbered(names)
+            pair |= {"n": len(one[1]), "unit": unit,
+                     "units": len(one[1] if names is None else np.unique(numbers)),
+                     "difference": paired.paired_difference(*correct, numbers, unit)}
+            pair["mcnemar"] = [] if names is not None else [
+                {"seed": x.seed, **paired.mcnemar(x.correct(), y.correct())}
+                for x in left for y in right if x.seed == y.seed]
         out.append(pair)
     return out
 
@@ -165,14 +172,17 @@ def test_rows(tests: list[dict]) -> list[list]:
         only = f"{sum(x['a_only'] for x in m)} : {sum(x['b_only'] for x in m)}" if m else "–"
         shown = ", ".join(f"{x:.2g}" for x in p) if len(p) < 5 else \
             f"{min(p):.2g}–{max(p):.2g} ({len(p)} pairs)"
-        interval = f"{d['value']:+.4f} ({d['low']:+.4f} … {d['high']:+.4f})"
-        rows.append([t["a"], t["b"], t["n"], interval, only, shown or "no common seed"])
+        interval = f"{d['value']:+.4f} " + (f"({d['low']:+.4f} … {d['high']:+.4f})"
+                                            if d["reason"] is None else f"({d['reason']})")
+        count = str(t["n"]) + ("" if t["unit"] == "image" else f", {t['units']} {t['unit']}s")
+        rows.append([t["a"], t["b"], count, interval, only, shown or (
+            "no common seed" if t["unit"] == "image" else f"images of a {t['unit']} are alike")])
     return rows
 
 
 def page(rows: dict[str, dict], tests: list[dict]) -> str:
     """The comparison as Markdown."""
-    text = "# Comparison\n\n" + report.markdown(HEADER, table_rows(rows)) + (
+    text = "# Comparison\n\n" + pages.markdown(HEADER, table_rows(rows)) + (
         "\n\nBest model on validation, test part. One run: Wilson 95 % interval of the accuracy. "
         "Several runs: mean ± sd over them, cost per run. Intervals assume independent images; "
         "images of one patient are not, so they are too narrow.")
@@ -180,11 +190,13 @@ def page(rows: dict[str, dict], tests: list[dict]) -> str:
         text += (" Paper: Table 4, its averages unlabelled; test sizes are those that its figures "
                  "imply. It publishes no predictions: no paired test with it is possible.")
     if tested := test_rows(tests):
-        text += "\n\n## The same test images, paired\n\n" + report.markdown(
-            ["A", "B", "n", "accuracy A − B (95 %, paired bootstrap over images)",
+        text += "\n\n## The same test images, paired\n\n" + pages.markdown(
+            ["A", "B", "n", "accuracy A − B (95 %, paired)",
              "right in A only : B only", "exact McNemar p, runs of one seed paired"], tested) + (
-            "\n\nThe bootstrap covers the choice of test images, not that of seeds; p values are "
-            "not corrected for their number.")
+            "\n\nTwo single runs: Newcombe's interval. Several seeds: bootstrap over images. Where "
+            "patients or groups are known: bootstrap over these, and no McNemar test, which takes "
+            "images as independent. All cover the choice of test images, not that of seeds; p "
+            "values are not corrected for their number.")
     if refused := [f"- {t['a']} against {t['b']}: {t['refused']}" for t in tests
                    if "refused" in t]:
         text += "\n\n## Not tested\n\n" + "\n".join(refused)
@@ -204,7 +216,7 @@ def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> Non
             else:
                 axis.plot([accuracy["low"], accuracy["high"]], [y, y], color=color)
                 axis.plot(accuracy["value"], y, "d", color=color)
-        axis.set_yticks(range(len(rows)), [f"{label} ({report.show(row['accuracy'])})"
+        axis.set_yticks(range(len(rows)), [f"{label} ({terminal.show(row['accuracy'])})"
                                            for label, row in rows.items()], fontsize=7)
         axis.set_xlabel("accuracy: 95 % interval; of several runs each and their mean", fontsize=7)
         axis.invert_yaxis()

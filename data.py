@@ -9,14 +9,12 @@ Reads any tree with one folder per class. The two public layouts of the ALL set 
 their class names mapped to Benign, Early, Pre, Pro.
 """
 
-from checks import InputError, guard, integer, make_parser, number, warn
+from checks import InputError, guard, integer, make_parser, warn
 
 import argparse
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,109 +23,71 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import interventions, splits, synthetic
+from dataset import interventions, parts, synthetic, table
 from dataset.augment import Augmentation, augment, draw_parameters
-from dataset.files import CLASSES, decode_all, find_class_folders, find_files, say_passed
+from dataset.files import Found, decode_all, find_images, say_passed
+from dataset.images import Images
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # section 3.2.2
 SAMPLERS = ("shuffle", "balanced", "dual")
 EVAL_BATCH = 64  # memory only: float32 evaluation does not depend on it
 
 
-@dataclass(eq=False)  # compared by identity, so that lru_cache can hold features computed from it
-class Images:
-    """A decoded data set. pixels: uint8 [N, 3, H, W], stored channels last; labels: int64 [N]."""
-    pixels: Tensor
-    labels: Tensor
-    paths: list[str]  # relative to the data folder, "/" between parts
-    classes: list[str]
-    digests: list[str]  # sha256 of each image's decoded RGB pixels and size, before resizing
-    name: str
-    root: Path | None = None  # the folder that the paths are relative to
-    ignored: Counter = field(default_factory=Counter)  # files that were passed over, by suffix
-    bad: list[tuple[str, str]] = field(default_factory=list)  # (path, reason), with --skip-bad
-    found: Counter = field(default_factory=Counter)  # (width, height, mode) as found on disk
-
-    def array(self) -> np.ndarray:
-        """The pixels as uint8 [N, H, W, 3] on the CPU."""
-        return self.pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-    def class_counts(self, indices: np.ndarray) -> list[int]:
-        """How many of these images each class has."""
-        return np.bincount(self.labels.numpy()[indices], minlength=len(self.classes)).tolist()
-
-    def fingerprint(self) -> str:
-        """sha256 over class list, paths, labels and pixel digests: equal for equal data only."""
-        lines = [repr(self.classes)] + [f"{p}\t{y}\t{d}" for p, y, d in zip(
-            self.paths, self.labels.tolist(), self.digests, strict=True)]
-        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of data, split and clients, shared by every script that reads images."""
+    """The flags of images and split, shared by every script that reads images."""
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="one folder per class; without it: synthetic smears")
     add("--image-size", type=integer(8), default=224, help="side in pixels (default 224)")
     add("--skip-bad", action="store_true", help="go on without unreadable images, and record which")
+    table.add_arguments(add)
     interventions.add_arguments(parser)
-    add = parser.add_argument_group("split").add_argument
-    add("--split", choices=splits.SPLITS, default="random", help="default: random 80/10/10")
-    add("--split-seed", type=integer(0), default=42, help="seed of split and partition")
-    add("--groups", metavar="CSV", help="path,group rows for --split grouped (default: duplicates)")
-
-
-def add_client_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that deal the training part to clients."""
-    add = parser.add_argument_group("clients").add_argument
-    add("--clients", type=integer(1), default=4, help="number of hospitals (default 4)")
-    add("--partition", choices=splits.PARTITIONS, default="iid", help="default: iid, equal sizes")
-    add("--alpha", type=number(0, open_low=True), default=0.3, help="of the Dirichlet partitions")
-    add("--classes-per-client", type=integer(1), default=2, help="of --partition shards")
+    parts.add_arguments(parser)
 
 
 # ---- reading ----------------------------------------------------------------------------------
 
-def read_folder(root: str, size: int, skip_bad: bool = False,
-                classes: list[str] | None = None) -> Images:
+def read_folder(root: str, size: int, skip_bad: bool = False, classes: list[str] | None = None,
+                listed: table.Table | None = None, skip_unlisted: bool = False) -> Images:
     """Decode every image under `root` once, in parallel, and resize it to size × size.
     classes: the class list of a federation, of which a hospital may lack some; by default the
-    classes that are found. Raises InputError for a missing, empty or one-class folder, and for
-    unreadable images, naming all of them; with `skip_bad` they are left out and listed in `bad`."""
-    folders = find_class_folders(Path(root), classes)
-    names = list(classes or folders)
-    base = next(iter(folders.values())).parent
-    visited = {os.path.realpath(base), *map(os.path.realpath, folders.values())}
-    if len(visited) <= len(folders):
-        raise InputError(f"--data {base}: one folder under two names, by a link")
-    files, labels = [], []
-    ignored = Counter(p.suffix or p.name for p in base.iterdir() if p.is_file())
-    for name, folder in folders.items():
-        label, (found, passed) = names.index(name), find_files(folder, visited)
-        if not found:
-            raise InputError(f"--data: class folder {folder} has no image in it")
-        files, labels, ignored = files + found, labels + [label] * len(found), ignored + passed
-    paths = [path.relative_to(base).as_posix() for path in files]
-    pixels = np.empty((len(files), size, size, 3), np.uint8)
-    digests, shapes, bad, keep = [""] * len(files), Counter(), [], []
-    for i, result in enumerate(tqdm(decode_all(files, size), "decoding", len(files), disable=None,
-                                    unit="image", leave=False)):
+    classes that are found. listed: a table, which decides what belongs to the set.
+    Raises InputError for a missing, empty or one-class folder, and for unreadable images, naming
+    all of them; with `skip_bad` they are left out and listed in `bad`."""
+    there = find_images(Path(root), classes, listed is not None and "label" in listed.columns)
+    if listed is not None:
+        there = table.apply(listed, there, skip_unlisted, classes)
+    there = there.by_class()
+    images = _collect(there, decode_all(there.files, size), size, classes)
+    images.name, images.root, images.ignored = Path(root).resolve().name, there.base, there.ignored
+    if images.bad and not skip_bad:
+        names = "; ".join(f"{name} ({reason})" for name, reason in images.bad)
+        raise InputError(f"{len(images.bad)} unreadable image(s), --skip-bad goes on without: "
+                         f"{names}")
+    for name in sorted(set(there.labels)):
+        if images.classes.index(name) not in images.labels:
+            raise InputError(f"class {name} has no readable image")
+    return images
+
+
+def _collect(there: Found, decoded: Iterator, size: int, classes: list[str] | None) -> Images:
+    """One data set of what was decoded, in the order of `there.files`; the rest is `bad`."""
+    n, names = len(there.files), list(classes or sorted(set(there.labels)))
+    pixels = np.empty((n, size, size, 3), np.uint8)
+    digests, shapes, bad, keep = [""] * n, Counter(), [], []
+    paths = [path.relative_to(there.base).as_posix() for path in there.files]
+    for i, result in enumerate(tqdm(decoded, "decoding", n, disable=None, unit="image",
+                                    leave=False)):
         if isinstance(result, str):
             bad.append((paths[i], result))
         else:
             pixels[i], digests[i], shape = result
             shapes[shape] += 1
             keep.append(i)
-    if bad and not skip_bad:
-        listed = "; ".join(f"{name} ({reason})" for name, reason in bad)
-        raise InputError(f"{len(bad)} unreadable image(s), --skip-bad goes on without: {listed}")
     pixels = torch.from_numpy(pixels[keep] if bad else pixels)
-    images = Images(pixels.permute(0, 3, 1, 2), torch.tensor([labels[i] for i in keep]),
-                    [paths[i] for i in keep], names, [digests[i] for i in keep],
-                    Path(root).resolve().name, base, ignored, bad, shapes)
-    for name in folders:
-        if names.index(name) not in images.labels:
-            raise InputError(f"class {name} has no readable image")
-    return images
+    labels = torch.tensor([names.index(there.labels[i]) for i in keep])
+    return Images(pixels.permute(0, 3, 1, 2), labels, [paths[i] for i in keep], names,
+                  [digests[i] for i in keep], "", bad=bad, found=shapes,
+                  known={c: np.array([v[i] for i in keep]) for c, v in there.known.items()})
 
 
 def load(args: argparse.Namespace) -> Images:
@@ -139,87 +99,27 @@ def load(args: argparse.Namespace) -> Images:
 
 
 def _read(args: argparse.Namespace) -> Images:
+    listed = table.chosen(args)
     if args.data is not None:
         images = read_folder(args.data, args.image_size, args.skip_bad,
-                             getattr(args, "classes", None))
+                             getattr(args, "classes", None), listed, args.skip_unlisted)
         if images.ignored:
             warn(f"--data: passed over {say_passed(images.ignored)}")
         if images.bad:
             warn(f"--skip-bad: {len(images.bad)} unreadable image(s) left out: "
                  + ", ".join(name for name, _ in images.bad))
         return images
-    pixels, names, paths = synthetic.draw(args.image_size)
-    digests = [hashlib.sha256(p.tobytes()).hexdigest() for p in pixels]
-    shapes = Counter({(args.image_size, args.image_size, "RGB"): len(paths)})
-    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2),
-                  torch.tensor([CLASSES.index(name) for name in names]), paths, list(CLASSES),
-                  digests, "synthetic", found=shapes)
-
-
-# ---- split and clients ------------------------------------------------------------------------
-
-def read_groups(path: str, paths: list[str]) -> list[str]:
-    """The group of each image, from a CSV of path,group rows that must name every image."""
-    try:
-        rows = [line.rsplit(",", 1) for line in Path(path).read_text(
-            "utf-8", "surrogateescape").splitlines() if line]
-        groups = {name.strip().strip('"'): group.strip() for name, group in rows}
-    except ValueError:
-        raise InputError(f"--groups {path}: not rows of path,group") from None
-    missing = [p for p in paths if p not in groups]
-    if missing:
-        raise InputError(f"--groups {path}: {len(missing)} image(s) not in it, first {missing[0]}")
-    return [groups[p] for p in paths]
-
-
-def make_split(args: argparse.Namespace, images: Images) -> splits.Split:
-    """The split that the flags describe; prints test images with an identical twin in training."""
-    split = splits.make_split(args.split, images.labels.numpy(), args.split_seed,
-                              paths=images.paths, groups=_groups(args, images))
-    if args.split == "stratified80":
-        warn("WARNING: --split stratified80 selects the model on its own test part (the paper's "
-             "Table 1): its test figures are optimistic")
-    _check_parts(args, images, [split])
-    return split
-
-
-def make_folds(args: argparse.Namespace, images: Images) -> list[splits.Split]:
-    """The --folds splits of k-fold cross-validation, checked and described like `make_split`."""
-    folds = splits.make_folds(args.split, images.labels.numpy(), args.folds, args.split_seed,
-                              inner_val=args.inner_val, paths=images.paths,
-                              groups=_groups(args, images))
-    _check_parts(args, images, folds)
-    return folds
-
-
-def _groups(args: argparse.Namespace, images: Images) -> list[str]:
-    if args.groups and args.split != "grouped":
-        raise InputError("--groups is used by --split grouped only")
-    return read_groups(args.groups, images.paths) if args.groups else images.digests
-
-
-def _check_parts(args: argparse.Namespace, images: Images, several: list[splits.Split]) -> None:
-    """Raise InputError where a training part lacks a class; print how many images have a twin."""
-    labels, twins, sizes = images.labels.numpy(), Counter(), Counter()
-    for split in several:
-        absent = set(labels.tolist()) - set(labels[split["train"]].tolist())
-        if absent:
-            raise InputError(f"class {images.classes[min(absent)]} is too small for the "
-                             f"{args.split} split: the training part has none of it")
-        for part in ("val", "test"):
-            twins[part] += splits.count_twins(images.digests, split[part], split["train"])
-            sizes[part] += len(split[part])
-    copies = len(images.digests) - len(set(images.digests))
-    print(f"identical images: {copies} copies of another; with a twin in training: "
-          f"{twins['val']} of {sizes['val']} validation, "
-          f"{twins['test']} of {sizes['test']} test images")
-
-
-def make_clients(args: argparse.Namespace, images: Images, split: splits.Split) -> list[np.ndarray]:
-    """The training part dealt to the clients that the flags describe."""
-    return splits.partition(args.partition, images.labels.numpy(), split["train"], args.clients,
-                            args.split_seed, alpha=args.alpha,
-                            classes_per_client=args.classes_per_client)
+    drawn, labels, paths = synthetic.draw(args.image_size)
+    there = Found(Path(), [Path(path) for path in paths], labels, {})
+    if listed is not None:
+        there = table.apply(listed, there, args.skip_unlisted, None)
+    there, pixels = there.by_class(), dict(zip(paths, drawn, strict=True))
+    shape = args.image_size, args.image_size, "RGB"
+    decoded = ((pixels[str(f)], hashlib.sha256(pixels[str(f)]).hexdigest(), shape)
+               for f in there.files)
+    images = _collect(there, decoded, args.image_size, None)
+    images.name = "synthetic"
+    return images
 
 
 # ---- batches ----------------------------------------------------------------------------------
@@ -294,13 +194,14 @@ def describe(args: argparse.Namespace, images: Images) -> None:
     print(f"  passed over: {say_passed(images.ignored)}; {len(images.bad)} unreadable")
     for path, reason in images.bad:
         print(f"  unreadable: {path} ({reason})")
-    split = make_split(args, images)
-    clients = make_clients(args, images, split)
-    parts = {"all": np.arange(len(images.paths)), **split}
-    parts |= {f"client {k}": part for k, part in enumerate(clients)}
+    parts.settle(args, images)
+    split = parts.make_split(args, images)
+    clients = parts.make_clients(args, images, split)
+    rows = {"all": np.arange(len(images.paths)), **split}
+    rows |= dict(zip(images.titles(clients), clients, strict=True))
     width = max(map(len, images.classes)) + 2
     print(f"{'part':<12}{'images':>8}" + "".join(f"{c:>{width}}" for c in images.classes))
-    for name, part in parts.items():
+    for name, part in rows.items():
         print(f"{name:<12}{len(part):>8}"
               + "".join(f"{c:>{width}}" for c in images.class_counts(part)))
 
@@ -324,7 +225,7 @@ def contact_sheet(images: Images, path: Path, columns: int = 8) -> None:
 def main() -> None:
     parser = make_parser(__doc__)
     add_arguments(parser)
-    add_client_arguments(parser)
+    parts.add_client_arguments(parser)
     parser.add_argument("--sheet", metavar="PNG", help="default runs/data-NAME.png")
     args = parser.parse_args()
     args.skip_bad = True  # a description lists the unreadable ones and goes on

@@ -28,7 +28,8 @@ import models
 from dataset import interventions
 from dataset.files import decode_all
 from explaining import attribution, faithfulness
-from reporting import figures, inference, report, run_folder
+from reporting import figures, finished, inference, pages, run_folder, terminal
+from reporting.tables import write_csv
 
 METHODS = ("gradient", "integrated-gradients", "grad-cam", "lime")
 STAGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the layers randomised; 0 = the head alone
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # ---- which images -------------------------------------------------------------------------------
 
-def choose(test: run_folder.Predictions, per_class: int) -> dict[str, str]:
+def choose(test: finished.Predictions, per_class: int) -> dict[str, str]:
     """Path → reason: of each class `per_class` test images, evenly spaced by path; all errors."""
     chosen = {}
     for c in range(len(test.classes)):
@@ -85,7 +86,7 @@ def choose(test: run_folder.Predictions, per_class: int) -> dict[str, str]:
 def of_the_run(folder: Path, trained: inference.Trained, per_class: int,
                place: str | None = None) -> list[Subject]:
     """Test images of the run. Refuses data that changed; warns where predictions.csv differs."""
-    test, (_, images) = run_folder.read_predictions(folder), run_folder.load_images(folder, place)
+    test, (_, images) = finished.read_predictions(folder), finished.load_images(folder, place)
     chosen, place = choose(test, per_class), {path: i for i, path in enumerate(images.paths)}
     pixels = images.pixels[[place[path] for path in chosen]]
     p = inference.probabilities(trained, pixels)
@@ -217,13 +218,13 @@ def verdict_table(found: dict) -> str:
         rows.append([
             method, "faithful" if m["faithful"] else "**not shown faithful**",
             "sensitive to the weights" if m["sensitive"] else "**not shown sensitive**",
-            *(report.show(m[key]) for key in ("deletion_gain", "corner", "background")),
-            report.show(m["rank_correlation"][-1]),
-            report.show(m["jaccard"]) if "jaccard" in m else "–"])
-    rows.append(["(share of area)", "", "", "", report.show(found["area"]["corner"]),
-                 report.show(found["area"]["background"]), "", ""])
+            *(terminal.show(m[key]) for key in ("deletion_gain", "corner", "background")),
+            terminal.show(m["rank_correlation"][-1]),
+            terminal.show(m["jaccard"]) if "jaccard" in m else "–"])
+    rows.append(["(share of area)", "", "", "", terminal.show(found["area"]["corner"]),
+                 terminal.show(found["area"]["background"]), "", ""])
     return (f"n = {found['images']} images, predicted class; mean and 95 % interval over them.\n\n"
-            + report.markdown(["method", "deletion", "weights", "random − deletion area",
+            + pages.markdown(["method", "deletion", "weights", "random − deletion area",
                                "share in the corner", "share on the brightest quarter",
                                "ρ after full randomisation", "Jaccard over seeds"], rows)
             + "\n\nFaithful: the interval of random − deletion area lies above 0 (the same cells, "
@@ -253,7 +254,7 @@ def write_table(out: Path, subjects: list[Subject], founds: list[dict], checks: 
                          classes[s.p.argmax()], f"{s.p.max():.6f}", s.chosen, method,
                          classes[target], name, f"{figures.scale(values):.6g}",
                          *("" if own.get(k) is None else f"{own[k]:.6f}" for k in keys)])
-    run_folder.write_csv(out / "explanations.csv", rows)
+    write_csv(out / "explanations.csv", rows)
 
 
 def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject],
@@ -263,7 +264,7 @@ def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject],
     table = verdict_table(found)
     listed = "\n".join(f"- {s.path} ({s.chosen})" for s in subjects)
     drawn = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(out.glob("*.png")))
-    report.write_page(out, [f"# Explanations of {folder.name}", table, "## Images", listed,
+    pages.write_page(out, [f"# Explanations of {folder.name}", table, "## Images", listed,
                             "## Figures", drawn])
     run_folder.write_json(out / "explanations.json", found)
     page = folder / "report.md"

@@ -3,15 +3,19 @@
     python predict.py runs/NAME images/ more.jpg     # fast: BatchNorm folded, bf16 where native
     python predict.py runs/NAME DIR --exact          # the figures of training's own evaluation
     python predict.py runs/NAME DIR --map labels.json     # {"folder name": "class", ...}
+    python predict.py runs/NAME DIR --table labels.csv    # path,label
 
 Exit code 1 where an image could not be read; the others are done.
 """
 
 from checks import InputError, guard, make_parser, warn
 
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +26,9 @@ from tqdm import tqdm
 
 import data
 import models
-from dataset import interventions
+from dataset import interventions, table
 from dataset.files import CLASS_NAMES, decode_all, find_files
-from reporting import inference, metrics, report, run_folder
+from reporting import finished, inference, metrics, run_folder, tables, terminal
 
 MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
 
@@ -38,6 +42,7 @@ def add_arguments(parser) -> None:
     add("--calibrate", action="store_true", help="temperature scaling, fitted on the run's "
         "validation part and stored with the run")
     add("--map", metavar="JSON", help="folder name → class of the run, or Malignant and Benign")
+    table.add_arguments(add)
 
 
 def find(paths: list[str]) -> list[tuple[Path, Path | None]]:
@@ -90,6 +95,24 @@ def label_of(file: Path, root: Path | None, names: dict[str, str]) -> str:
                  if part in names or part.lower() in names), "")
 
 
+def from_table(listed: table.Table, args, files: list[Path],
+               names: dict[str, str]) -> tuple[list[Path], list[str]]:
+    """The files of the one given folder, with the classes that the table's labels mean; "" for a
+    row without a label, or one that the run does not know."""
+    if len(args.paths) != 1 or not Path(args.paths[0]).is_dir() or "label" not in listed.columns:
+        raise InputError("--table: needs a column label, and one folder that its paths belong to")
+    rows = dict(zip(table.match(listed, files, [Path(args.paths[0])]), listed.rows.values(),
+                    strict=True))
+    unlisted = [str(file) for i, file in enumerate(files) if i not in rows]
+    if unlisted and not args.skip_unlisted:
+        raise listed.wrong("image(s) are not in it (--skip-unlisted goes on without)", unlisted)
+    labels = {i: row["label"] for i, row in rows.items()}
+    known = {i: names.get(text, names.get(text.lower(), "")) for i, text in labels.items()}
+    if foreign := sorted({text for i, text in labels.items() if text and not known[i]}):
+        warn(f"note: {listed.name}: label(s) that the run does not know: {', '.join(foreign)}")
+    return [files[i] for i in sorted(rows)], [known[i] for i in sorted(rows)]
+
+
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T > 0 whose softmax(logits / T) has the lowest cross-entropy (Guo et al. 2017)."""
     def loss(log_t: float) -> float:
@@ -102,7 +125,7 @@ def temperature(folder: Path) -> float:
     """`temperature.json` of the run; fitted on its validation predictions if not yet there."""
     path = folder / "temperature.json"
     if not path.exists():
-        val = run_folder.read_predictions(folder, "val")
+        val = finished.read_predictions(folder, "val")
         value = fit_temperature(val.logits, val.labels)
         before, after = (metrics.measure(val.logits / t, val.labels, val.classes)
                          for t in (1.0, value))
@@ -155,7 +178,34 @@ def write_csv(path: Path, files: list[Path], labels: list[str], logits: np.ndarr
         p = np.exp(logits[i] - np.logaddexp.reduce(logits[i]))
         rows.append([files[i], classes[p.argmax()], *(f"{x:.9g}" for x in p),
                      f"{seconds[i]:.6f}", labels[i]])
-    run_folder.write_csv(path, rows)
+    tables.write_csv(path, rows)
+
+
+@contextmanager
+def reserved(out: str | None, default: Path, companion: str) -> Iterator[Path]:
+    """The name of a file to write: `out`, or the default, numbered if taken. Held by an empty file
+    until it is written, so that two processes never take one name; free again if the work fails.
+    companion: suffix of a second file that is written beside. Raises InputError before any work."""
+    for number in itertools.count(1):
+        number = f"-{number}" if number > 1 else ""
+        path = Path(out) if out else default.with_name(f"{default.stem}{number}{default.suffix}")
+        taken = [p for p in (path, path.with_suffix(companion)) if p.exists()]
+        if out and (taken or path.suffix == companion):
+            raise InputError(f"--out {out}: " + (f"{taken[0]} exists already" if taken else
+                                                 f"must not end in {companion}"))
+        try:
+            if not taken:
+                path.touch(exist_ok=False)
+                break
+        except FileExistsError:
+            continue  # taken by another process a moment ago
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"--out {path}: there is no folder {path.parent}") from None
+    try:
+        yield path
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -167,7 +217,9 @@ def main(argv: list[str] | None = None) -> None:
     trained = inference.load(folder, models.pick_device(args.device), args.client)
     names, found = read_map(args.map, trained.classes), find(args.paths)
     files, labels = [f for f, _ in found], [label_of(f, root, names) for f, root in found]
-    with run_folder.reserved(args.out, folder / "predicted.csv", ".json") as out:
+    if (listed := table.chosen(args)) is not None:
+        files, labels = from_table(listed, args, files, names)
+    with reserved(args.out, folder / "predicted.csv", ".json") as out:
         t = temperature(folder) if args.calibrate else 1.0
         logits, seconds, bad = predict(trained if args.exact else inference.fast(trained), files, t)
         write_csv(out, files, labels, logits, seconds, trained.classes)
@@ -177,9 +229,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(files) - len(bad)} images to {out}" + (f", temperature {t:.3f}" if t != 1 else ""))
     if figures is not None:
         unlabelled = len(files) - len(bad) - figures["n"]
-        report.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[
-            figures["n"], report.show(figures["accuracy"]),
-            *(report.show(figures[k]) for k in ("macro_f1", "kappa", "roc_auc", "loss", "ece"))]])
+        terminal.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[
+            figures["n"], terminal.show(figures["accuracy"]),
+            *(terminal.show(figures[k]) for k in ("macro_f1", "kappa", "roc_auc", "loss", "ece"))]])
         print(f"all figures: {out.with_suffix('.json')}"
               + (f"; {unlabelled} images without a class folder left out" if unlabelled else ""))
     for i, reason in sorted(bad.items()):

@@ -19,8 +19,8 @@ import data
 import fedavg
 import models
 from dataset import splits
-from reporting import report, run_folder
-from training import evaluation, experiment, folds
+from reporting import run_folder, tables, terminal
+from training import evaluation, experiment
 from training.processes import Job
 from training.recipe import DEMONSTRATION
 from training.recipe import add_arguments as add_recipe_arguments
@@ -57,8 +57,7 @@ def defaults(args: argparse.Namespace) -> dict:
         shared = {key: value for key, value in recorded.items() if key in vars(args)}
         return shared | {"bn": "freeze" if recorded["bn"] == "freeze" else "train", "folds": 1,
                          "epochs": rounds * local_epochs, "period": local_epochs}
-    chosen = {} if args.data else DEMONSTRATION | {"epochs": 20, "early_stop": 5}
-    return chosen | ({"split": "stratified"} if args.folds > 1 else {})
+    return {} if args.data else DEMONSTRATION | {"epochs": 20, "early_stop": 5}
 
 
 def prepare(args: argparse.Namespace) -> tuple[experiment.Experiment, list[Part]]:
@@ -74,24 +73,27 @@ def prepare(args: argparse.Namespace) -> tuple[experiment.Experiment, list[Part]
         run = experiment.prepare(args, job, facts)
     parts = [(name, split, 0) for name, split in run.several.items()]
     if args.like is not None:
-        run.clients = like_clients(args, Path(args.like), run.images, run.several[""])
+        run.clients, names = like_clients(args, Path(args.like), run.images, run.several[""])
     if args.local_only:
+        owner = {i: n for n, own in zip(names, run.clients, strict=True) for i in own.tolist()}
+        run.images.known["client"] = np.array([owner.get(i, "") for i in
+                                               range(len(run.images.paths))])
         parts = [(f"client{k}", run.several[""] | {"train": owned}, k)
                  for k, owned in enumerate(run.clients)]
     return run, parts
 
 
 def like_clients(args: argparse.Namespace, folder: Path, images: data.Images,
-                 split: splits.Split) -> list[np.ndarray]:
-    """The clients of the run to be like. A new run must have its images and its very split; one
-    that is resumed knows both itself."""
+                 split: splits.Split) -> tuple[list[np.ndarray], list[str]]:
+    """The clients of the run to be like, and their names. A new run must have its images and its
+    very split; one that is resumed knows both itself."""
     if args.resume is not None and (Path(args.resume) / "split.csv").exists():
-        return run_folder.read_split(Path(args.resume), images)[1]
+        return tables.read_split(Path(args.resume), images)[1:]
     run_folder.check_images(folder, images)
-    there, clients = run_folder.read_split(folder, images)
+    there, clients, names = tables.read_split(folder, images)
     if any(not np.array_equal(there[part], split[part]) for part in split):
         raise InputError(f"--like {folder}: the flags here do not give its split")
-    return clients
+    return clients, names
 
 
 def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experiment,
@@ -135,9 +137,10 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
         seen = len(split["val"]) and epoch % args.period == 0
         tally = measured.tally("val", state) if seen else [0, 0, 0.0]
         history.append(make_record(epoch, lr, record, tally, seconds))
-        report.print_epoch(history[-1], args.epochs)
+        terminal.print_epoch(history[-1], args.epochs)
         checkpoint = make_checkpoint(epoch, state, history, trainer)
         evaluation.save_progress(folder, args, model, images.classes, checkpoint)
+    from reporting import report  # here: what it needs would only delay the first epoch
     report.print_summary(folder, evaluation.finish(folder, args, measured, checkpoint))
 
 
@@ -169,7 +172,10 @@ def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experime
         print(f"---- {name}: {len(split['train'])} training, {len(split['val'])} validation, "
               f"{len(split['test'])} test images", flush=True)
         train_alone(args, part, run, split, start, client_id)
-    folds.pool_folds(folder, run.images, {name: split for name, split, _ in parts})
+    from reporting import report
+    titles = run.images.titles(run.clients) if args.local_only else []
+    report.pool_folds(folder, run.images, {name: split for name, split, _ in parts},
+                     {f"client{k}": title for k, title in enumerate(titles)})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -180,11 +186,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"run folder: {folder}; {args.model} on {run.device}")
         run.images.pixels = run.images.pixels.to(run.device)  # once; batches are gathered there
         if args.local_only:
-            run_folder.write_split(folder, run.images, run.several[""], run.clients)
+            tables.write_split(folder, run.images, run.several[""], run.clients)
             train_parts(args, folder, run, parts)
         elif args.folds > 1:
             tests = {name: split["test"] for name, split, _ in parts}
-            run_folder.write_split(folder, run.images, tests, [])
+            tables.write_split(folder, run.images, tests, [])
             train_parts(args, folder, run, parts)
         else:
             train_alone(args, folder, run, run.several[""], run.model.state_dict())

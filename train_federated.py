@@ -22,8 +22,8 @@ from tqdm import tqdm
 import data
 import fedavg
 import models
-from dataset import splits
-from reporting import report, run_folder
+from dataset import parts
+from reporting import run_folder, terminal
 from training import evaluation, experiment, processes
 from training.recipe import DEMONSTRATION
 from training.recipe import add_arguments as add_recipe_arguments
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--classes", nargs="+", metavar="CLASS", help="of all hospitals (default: the four)")
 
 
-GROUPS = (data.add_arguments, data.add_client_arguments, models.add_arguments, add_arguments,
+GROUPS = (data.add_arguments, parts.add_client_arguments, models.add_arguments, add_arguments,
           add_recipe_arguments)
 
 
@@ -65,14 +65,14 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
     checkpoint = experiment.start(args, job, folder, run)
     state, local_bn, history = (checkpoint[key] for key in ("state", "local_bn", "history"))
     model, images, clients, (split,) = run.model, run.images, run.clients, run.several.values()
-    parts = {name: job.part(indices) for name, indices in split.items()}
-    counts = job.total("counts", images.class_counts(parts["train"]))
+    mine = {name: job.part(indices) for name, indices in split.items()}
+    counts = job.total("counts", images.class_counts(mine["train"]))
     first_recipe = experiment.weighted(args, run, counts)
     bn_keys = models.batchnorm_keys(model) if args.bn == "local" else []
     # FedBN has no single global model: each client is measured on a share of its own class mix.
-    shares = {name: splits.deal_like(images.labels.numpy(), parts[name], clients, args.split_seed)
+    shares = {name: parts.deal_part(args, images, mine[name], clients)
               for name in ("val", "test") if args.bn == "local"}
-    measured = evaluation.Evaluation(model, images, parts, shares)
+    measured = evaluation.Evaluation(model, images, mine, shares)
 
     def train_client(k: int) -> fedavg.Update:  # ClientUpdate(k, θ) of Algorithm 1
         start = state | local_bn.get(k, {})  # FedBN: with the client's own BatchNorm entries
@@ -100,7 +100,7 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
         seconds = time.perf_counter() - began
         tally = job.total("tally", measured.tally("val", state, local_bn))
         history.append(make_record(round_index, recipe.lr, records, tally, seconds))
-        report.print_round(history[-1], args.rounds)
+        terminal.print_round(history[-1], args.rounds, images.titles(clients))
         checkpoint = {"round": round_index, "state": models.moved(state, "cpu"), "history": history,
                       "local_bn": {k: models.moved(s, "cpu") for k, s in local_bn.items()}}
         if folder is not None:

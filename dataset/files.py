@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ CLASS_NAMES = {"benign": "Benign", "early": "Early", "pre": "Pre", "pro": "Pro",
 # Every format that Pillow opens, less those for which it only has a stub without a decoder.
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in Image.OPEN and kind not in ("BUFR", "FITS", "GRIB", "HDF5", "MPEG", "WMF")}
-PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
+PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+         "dev": "val", "test": "test", "testing": "test"}  # words for the parts of a given split
 Image.MAX_IMAGE_PIXELS = int(os.environ.get("MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS))
 SERVICE = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information",
            "lost+found"}  # folders that file servers and operating systems make
@@ -32,46 +34,125 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SERVICE
 
 
-def find_class_folders(root: Path, classes: list[str] | None = None) -> dict[str, Path]:
-    """Class name → folder, sorted. Steps into a folder `Original` and into single wrapping folders.
-    classes: the class list of a federation; a hospital may lack some of them, and has no other.
-    Raises InputError for no folder, no class folder, one class only, or an unknown class."""
+@dataclass
+class Found:
+    """Image files, and what is known of each before it is decoded."""
+    base: Path  # the folder that their paths are relative to
+    files: list[Path]
+    labels: list[str]  # class names; "" where only a table knows them
+    known: dict[str, list[str]]  # patient, group, split, client: a value an image, "" for unknown
+    ignored: Counter = field(default_factory=Counter)  # files that were passed over, by suffix
+    inner: Path | None = None  # the folder of the class folders, where labels are not from there
+    above: tuple[Path, ...] = ()  # where paths of a table may begin as well
+
+    def by_class(self) -> "Found":
+        """The same, class by class, within a class in the same order."""
+        order = sorted(range(len(self.files)), key=self.labels.__getitem__)
+        return replace(self, files=[self.files[i] for i in order],
+                       labels=[self.labels[i] for i in order],
+                       known={c: [v[i] for i in order] for c, v in self.known.items()})
+
+
+def find_images(root: Path, classes: list[str] | None = None, labelled: bool = False) -> Found:
+    """Every image under `root`, class by class; in a tree with a folder for each part of a split
+    (train/, val/, test/, each with the same class folders) also its part. labelled: a table knows
+    the labels, so that any tree will do. Raises InputError like `find_class_folders`."""
+    try:
+        base, folders = descend(root, classes)
+        parts = {p: p for p in folders if p.name.lower() in PARTS} or {None: base}
+        trees = [find_class_folders(folder, classes) for folder in parts.values()]
+    except InputError:
+        if not labelled or not root.is_dir():
+            raise
+        base, parts, trees = root, {}, []
+    if labelled:
+        files, ignored = find_files(root, set())
+        known = {} if not trees or None in parts else {"split": [next(
+            (PARTS[p.name.lower()] for p in parts if f.is_relative_to(p)), "") for f in files]}
+        return Found(root, files, [""] * len(files), known, ignored, base)
+    if len({PARTS[p.name.lower()] for p in parts if p}) < len(parts) > 1 or any(
+            set(tree) != set(trees[0]) for tree in trees) and classes is None:
+        raise InputError(f"--data {base}: {', '.join(p.name for p in parts)}: parts of a given "
+                         "split, but not one of each kind with the same class folders")
+    visited = {os.path.realpath(p) for p in (base, *folders)} | {
+        os.path.realpath(p) for tree in trees for p in tree.values()}
+    known = len({base, *folders, *(p for tree in trees for p in tree.values())})
+    if len(visited) < known:
+        raise InputError(f"--data {base}: one folder under two names, by a link")
+    out = Found(base, [], [], {"split": []} if None not in parts else {}, above=(root,))
+    out.ignored = Counter(p.suffix or p.name for f in {base, *filter(None, parts)}
+                          for p in f.iterdir() if p.is_file())
+    for part, tree in zip(parts, trees, strict=True):
+        for name, folder in tree.items():
+            files, passed = find_files(folder, visited)
+            if not files:
+                raise InputError(f"--data: class folder {folder} has no image in it")
+            out.files += files
+            out.labels += [name] * len(files)
+            out.ignored += passed
+            if part:
+                out.known["split"] += [PARTS[part.name.lower()]] * len(files)
+    return out
+
+
+def descend(root: Path, classes: list[str] | None = None) -> tuple[Path, list[Path]]:
+    """The folder that holds the class folders, or the parts of a given split, and these folders.
+    Steps into a folder `Original` and into single wrapping folders. Raises InputError where there
+    is none, or where it could be read in two ways."""
     if not root.is_dir():
         raise InputError(f"--data {root}: no such folder")
     while True:
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
         known = {p.name.lower(): p for p in folders}
         if parts := [p.name for p in folders if p.name.lower() in PARTS]:
-            raise InputError(f"--data {root}: {', '.join(parts)}: by their names parts of a given "
-                             "split, not classes; pass one of them, or rename them")
+            if len(parts) < len(folders):
+                raise InputError(f"--data {root}: {', '.join(parts)}: by their names parts of a "
+                                 "given split, but not the other folders; move those, or rename")
+            return root, folders
         inner = "original" in known and any(p.is_dir() for p in known["original"].iterdir())
         if inner and set(known) <= {"original", "segmented"}:
             root = known["original"]
         elif inner:
             raise InputError(f"--data {root}: the classes may be the folders here or those in "
                              f"{known['original'].name}; pass the folder that holds them alone")
-        elif (len(folders) == 1 and class_name(folders[0]) not in (classes or ())
+        elif (len(folders) == 1 and class_name(folders[0].name) not in (classes or ())
               and any(p.is_dir() for p in folders[0].iterdir())):
             root = folders[0]
+        elif folders:
+            return root, folders
         else:
-            break
-    if not folders:
-        raise InputError(f"--data {root}: no class folder in it")
-    names = [class_name(p) for p in folders]
-    if not set(names) <= set(classes or CLASSES) or len(set(names)) < len(names):
-        names = [p.name for p in folders]
-    unknown = sorted(set(names) - set(classes or names))
+            raise InputError(f"--data {root}: no class folder in it")
+
+
+def find_class_folders(root: Path, classes: list[str] | None = None) -> dict[str, Path]:
+    """Class name → folder, sorted. classes: the class list of a federation; a hospital may lack
+    some of them, and has no other. Raises InputError for no class folder, one class only, an
+    unknown class, or the parts of a given split where classes should be."""
+    root, folders = descend(root, classes)
+    if folders[0].name.lower() in PARTS:
+        raise InputError(f"--data {root}: parts of a given split where classes should be")
+    names = class_names([p.name for p in folders], classes, f"--data {root}")
+    return dict(sorted((names[p.name], p) for p in folders))
+
+
+def class_names(given: list[str], classes: list[str] | None, where: str) -> dict[str, str]:
+    """The class that each of these names means: those of the public layouts have names of their
+    own. Raises InputError for one class only, or for one that `classes` does not have."""
+    names = {name: class_name(name) for name in given}
+    if not set(names.values()) <= set(classes or CLASSES) or len(set(names.values())) < len(given):
+        names = {name: name for name in given}
+    unknown = sorted(set(names.values()) - set(classes or names.values()))
     if unknown:
-        raise InputError(f"--data {root}: unknown class {unknown[0]}; the federation has "
+        raise InputError(f"{where}: unknown class {unknown[0]}; the federation has "
                          f"{', '.join(classes)}")
-    if len(folders) == 1 and classes is None:
-        raise InputError(f"--data {root}: one class only ({names[0]}), nothing to tell apart")
-    return dict(sorted(zip(names, folders, strict=True)))
+    if len(given) < 2 and classes is None:
+        raise InputError(f"{where}: one class only ({', '.join(given)}), nothing to tell apart")
+    return names
 
 
-def class_name(folder: Path) -> str:
-    """The class that a folder of the public layouts names; else the folder's own name."""
-    return CLASS_NAMES.get(folder.name.lower(), folder.name)
+def class_name(name: str) -> str:
+    """The class that a folder of the public layouts means; else the name itself."""
+    return CLASS_NAMES.get(name.lower(), name)
 
 
 def find_files(folder: Path, visited: set[str]) -> tuple[list[Path], Counter]:

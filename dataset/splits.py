@@ -4,18 +4,12 @@ Everything here depends on (labels, names, digests, seed) alone: no image, no mo
 beyond that of the data set. Every function returns sorted int64 arrays, so that a part is a set.
 """
 
-from checks import InputError
+from checks import InputError, warn
 
 import re
 
 import numpy as np
 import torch
-from sklearn.model_selection import (
-    KFold,
-    StratifiedGroupKFold,
-    StratifiedKFold,
-    train_test_split,
-)
 
 SPLITS = ("random", "stratified", "stratified80", "grouped", "blocked")
 FOLDS = ("stratified", "random", "grouped", "blocked")  # of k-fold cross-validation
@@ -63,6 +57,7 @@ def make_split(kind: str, labels: np.ndarray, seed: int, *, paths: list[str] | N
 
 
 def _stratified(indices: np.ndarray, labels: np.ndarray, size: float, seed: int):
+    from sklearn.model_selection import train_test_split  # here: most runs need none
     try:
         return train_test_split(indices, test_size=size, stratify=labels[indices],
                                 random_state=seed)
@@ -126,7 +121,9 @@ def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_va
                              f"{'groups' if kind == 'grouped' else 'images'} of class number {c}")
     if kind == "blocked":
         return [_blocked_fold(labels, paths, folds, k, inner_val) for k in range(folds)]
-    family = {"random": KFold, "stratified": StratifiedKFold, "grouped": StratifiedGroupKFold}[kind]
+    from sklearn import model_selection
+    family = {"random": model_selection.KFold, "stratified": model_selection.StratifiedKFold,
+              "grouped": model_selection.StratifiedGroupKFold}[kind]
     splitter = family(folds, shuffle=True, random_state=seed)
     out = []
     for rest, test in splitter.split(labels, labels, units if kind == "grouped" else None):
@@ -137,7 +134,7 @@ def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_va
         elif inner_val and kind == "stratified":
             train, val = _stratified(rest, labels, inner_val, seed)
         elif inner_val:
-            train, val = train_test_split(rest, test_size=inner_val, random_state=seed)
+            train, val = model_selection.train_test_split(rest, test_size=inner_val, random_state=seed)
         out.append({"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)})
     if inner_val and not all(len(fold["val"]) for fold in out):
         raise InputError(f"an inner validation share of {inner_val:g} is no image")
@@ -162,6 +159,70 @@ def _blocked_fold(labels: np.ndarray, paths: list[str], folds: int, k: int,
         parts["val"] += rest[len(rest) - val:]
         parts["test"] += order[start:end]
     return {name: np.sort(np.array(part, dtype=np.int64)) for name, part in parts.items()}
+
+
+def given(words: np.ndarray, labels: np.ndarray, seed: int, groups: list | None = None) -> Split:
+    """The split whose parts are named, str [n]: train, val, test, dropped or val+test. Where none
+    is val, a tenth of the training part validates: stratified, or whole groups where they are
+    known, one id an image. Raises InputError without a training or a test part, or for images that
+    are in none."""
+    split = {part: np.flatnonzero([part in word.split("+") for word in words.tolist()])
+             for part in ("train", "val", "test")}
+    if (words == "").any():
+        raise InputError(f"{(words == '').sum()} image(s) are in no part of the given split")
+    for part in ("train", "test"):
+        if len(split[part]) == 0:
+            raise InputError(f"the given split has no {part} part; give one, or name another split "
+                             "(--split random, stratified or grouped) for all images")
+    if len(split["val"]) == 0:
+        rest, tenth = split["train"], len(split["train"]) // 10
+        if groups is None:
+            split["train"], split["val"] = map(np.sort, _stratified(rest, labels, tenth or 1, seed))
+        else:
+            val, train = _take_groups([groups[i] for i in rest], [tenth], seed)
+            split["train"], split["val"] = rest[np.sort(train)], rest[np.sort(val).astype(int)]
+        warn(f"note: the given split has no val part: {len(split['val'])} images of its training "
+             f"part validate, {'stratified' if groups is None else 'whole groups'}")
+    return split
+
+
+def numbered(values: np.ndarray) -> np.ndarray:
+    """int64 [n]: equal numbers for equal values, and a number of its own for each "" (unknown)."""
+    numbers = np.unique(values, return_inverse=True)[1]
+    unknown = np.flatnonzero(values == "")
+    numbers[unknown] = len(values) + np.arange(len(unknown))
+    return np.unique(numbers, return_inverse=True)[1]
+
+
+def joined(several: list[np.ndarray]) -> np.ndarray:
+    """int64 [n]: equal numbers for images that any of these numberings joins, directly or over
+    others. Each is int64 [n]."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    n = len(several[0])
+    ends = np.concatenate([np.stack([np.arange(n), n * (1 + k) + numbers])
+                           for k, numbers in enumerate(several)], 1)
+    size = n * (1 + len(several))
+    graph = coo_array((np.ones(ends.shape[1]), tuple(ends)), shape=(size, size))
+    return connected_components(graph, directed=False)[1][:n]
+
+
+def by_name(name: str) -> tuple:
+    """Sort key of names: numbers as numbers, before words."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def owned(names: np.ndarray, split: Split) -> dict[str, np.ndarray]:
+    """The clients that a column names, str [n]: name → its training images, in order of the names.
+    Raises InputError for training images of no client, and for a client without any."""
+    own = names[split["train"]]
+    nobody = int((own == "").sum())
+    present = sorted(set(own.tolist()) - {""}, key=by_name)
+    if nobody:
+        raise InputError(f"the column client is empty for {nobody} training image(s)")
+    if without := sorted(set(names.tolist()) - {"", *present}, key=by_name):
+        raise InputError(f"client {without[0]} of the column client has no training image")
+    return {name: split["train"][own == name] for name in present}
 
 
 def count_twins(digests: list[str], part: np.ndarray, train: np.ndarray) -> int:

@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from scipy.special import softmax
 from sklearn.metrics import roc_curve
 
+from dataset.images import Images
 from dataset.interventions import INTERVENTIONS, apply
 
 ROWS = 8  # of one page
@@ -154,17 +155,16 @@ def plot_reliability(p: np.ndarray, labels: np.ndarray, path: Path, bins: int = 
                  title=f"n = {len(labels)}")
 
 
-def plot_clients(labels: np.ndarray, clients: list[np.ndarray], classes: list[str],
-                 path: Path) -> None:
+def plot_clients(images: Images, clients: list[np.ndarray], path: Path) -> None:
     """Client × class counts of the training part."""
-    counts = np.stack([np.bincount(labels[c], minlength=len(classes)) for c in clients])
+    counts, classes = np.array([images.class_counts(own) for own in clients]), images.classes
     with drawing(path, 5.5, max(1.8, 0.4 * len(clients) + 1)) as axis:
         left = np.zeros(len(clients))
         for c, name in enumerate(classes):
             axis.barh(range(len(clients)), counts[:, c], left=left, label=name)
             left += counts[:, c]
         axis.set(xlabel="training images", ylabel="client")
-        axis.set_yticks(range(len(clients)))
+        axis.set_yticks(range(len(clients)), images.client_names(clients))
         axis.invert_yaxis()
         axis.legend(fontsize=8, ncols=len(classes), loc="lower center", bbox_to_anchor=(0.5, 1))
 

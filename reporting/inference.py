@@ -20,6 +20,7 @@ from torch.fx.experimental import optimization
 import data
 import models
 from dataset import interventions, synthetic
+from dataset.files import CLASSES
 
 LIMIT = 0.02  # of what half precision may do to a probability
 
@@ -92,7 +93,7 @@ def deviation(a: Trained, b: Trained, count: int = 16) -> float:
     smears: (max d - min d) / 4 for a difference d of logits, because a step along d changes p_i by
     at most p_i (1 - p_i) (max d - min d). The smears are always the same, so that an answer does
     not depend on the images that are asked about with it."""
-    drawn = np.stack([synthetic.draw_one(data.CLASSES[i % 4], a.image_size,
+    drawn = np.stack([synthetic.draw_one(CLASSES[i % 4], a.image_size,
                                          np.random.default_rng(i)) for i in range(count)])
     pixels = torch.from_numpy(drawn).permute(0, 3, 1, 2)
     d = logits(a, pixels) - logits(b, pixels)

@@ -1,28 +1,31 @@
 """Predictions → numbers with intervals. Always from pooled predictions, never means of means.
 
 Undefined figures (a class absent from the split, a class never predicted) are None, not zero.
-Intervals are 95 % and assume independent images; images of one patient are not, so they are too
-narrow wherever patients contribute several images.
+Intervals are 95 %. Those of images assume independent images; images of one patient are not, so
+where patients (or groups) are known, a second set of intervals counts these.
 """
 
 import numpy as np
 from scipy.special import log_softmax
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest, t
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
 from dataset.files import CLASSES
 
 BOOTSTRAP = 1000  # resamples of the percentile intervals
+LEAST, LEAST_WRONG = 30, 10  # units, and units with an error, that a bootstrap needs
 BINS = 15  # of the expected calibration error
 FIGURES = ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1", "weighted_precision",
            "weighted_recall", "weighted_f1", "kappa", "roc_auc")  # one number each, of `measure`
 
 
-def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
+def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str],
+            units: dict[str, np.ndarray] | None = None) -> dict:
     """Every figure of one part of the data, as `results.json` has them (docs/run-folder.md).
     logits: float [n, C]; labels: int [n]. `loss` is the unweighted, unsmoothed cross-entropy. Macro
     figures are means over the classes present; there an undefined precision counts as 0, as in
-    scikit-learn. `brier` is the sum over classes (0..2), `roc_auc` macro one-against-rest."""
+    scikit-learn. `brier` is the sum over classes (0..2), `roc_auc` macro one-against-rest.
+    units: "patient" or "group" → whose each image is, int [n]: adds `by_patient`, `by_group`."""
     logits = np.asarray(logits, dtype=np.float64)
     log_p = log_softmax(logits, axis=1)
     p = np.exp(log_p)
@@ -30,7 +33,48 @@ def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
     figures = _measure(labels, logits.argmax(1), p, loss, classes)
     figures["ece"] = calibration_error(p, labels)
     figures["brier"] = _finite(((p - np.eye(len(classes))[labels]) ** 2).sum(1).mean())
+    for name, members in (units or {}).items():
+        figures[f"by_{name}"] = by_unit(labels, p, members, name, classes)
     return figures
+
+
+def by_unit(labels: np.ndarray, p: np.ndarray, members: np.ndarray, name: str,
+            classes: list[str]) -> dict:
+    """Intervals that hold for new patients (or groups): images of one are alike, and what fails is
+    a patient. labels, members: int [n]; p: float [n, C]."""
+    predicted = p.argmax(1)
+    hit = predicted == labels
+    out = {"n": len(np.unique(members)), "accuracy": clustered(hit, members),
+           **bootstrap(labels, predicted, p, len(classes), members, name), "malignant": None}
+    if is_binary(classes):
+        benign = labels == classes.index("Benign")
+        right = (predicted == classes.index("Benign")) == benign
+        out["malignant"] = {"sensitivity": clustered(right[~benign], members[~benign]),
+                            "specificity": clustered(right[benign], members[benign])}
+    return out
+
+
+def clustered(hit: np.ndarray, members: np.ndarray) -> dict:
+    """A proportion over images that come in clusters, with the interval of Korn and Graubard (1998,
+    Survey Methodology 24:193): Clopper and Pearson's, on an effective number of images, which is
+    n / design effect · (t(n-1) / t(clusters-1))², at most n. While fewer than ten clusters hold an
+    error, or fewer than ten a hit, each cluster counts once. hit: bool [n]; members: int [n]."""
+    n = len(hit)
+    if n == 0:
+        return {"value": None, "low": None, "high": None, "effective_n": None}
+    cluster = np.unique(members, return_inverse=True)[1]
+    hits, sizes = np.bincount(cluster, hit.astype(float)), np.bincount(cluster)
+    k, share = len(sizes), float(hit.mean())
+    if min((hits < sizes).sum(), (hits > 0).sum()) < LEAST_WRONG:
+        effective = k
+    else:
+        variance = k / (k - 1) * ((hits - share * sizes) ** 2).sum() / n**2
+        effective = share * (1 - share) / variance * (t.ppf(0.975, n - 1) / t.ppf(0.975, k - 1))**2
+    effective = float(min(effective, n))
+    x = share * effective
+    return {"value": share, "low": float(beta.ppf(0.025, x, effective - x + 1)) if x > 0 else 0.0,
+            "high": float(beta.ppf(0.975, x + 1, effective - x)) if x < effective else 1.0,
+            "effective_n": effective}
 
 
 def measure_counts(confusion: np.ndarray, loss_sum: float, classes: list[str]) -> dict:
@@ -99,13 +143,18 @@ def per_class_metrics(confusion: np.ndarray, p: np.ndarray | None, labels: np.nd
 def malignant(confusion: np.ndarray, classes: list[str]) -> dict | None:
     """Malignant (all but Benign) against Benign, Wilson intervals. None unless the classes are
     those of the ALL set, or Benign and Malignant: elsewhere what is not benign may be normal."""
-    if "Benign" not in classes or not set(classes) <= {*CLASSES, "Malignant"}:
+    if not is_binary(classes):
         return None
     b = classes.index("Benign")
     benign, rest = confusion[b].sum(), confusion.sum() - confusion[b].sum()
     missed = confusion[:, b].sum() - confusion[b, b]  # leukaemias called benign
     return {"sensitivity": wilson(int(rest - missed), int(rest)),
             "specificity": wilson(int(confusion[b, b]), int(benign))}
+
+
+def is_binary(classes: list[str]) -> bool:
+    """Whether all classes but Benign are malignant: those of the ALL set, or Malignant."""
+    return "Benign" in classes and set(classes) <= {*CLASSES, "Malignant"}
 
 
 def calibration_error(p: np.ndarray, labels: np.ndarray) -> float | None:
@@ -116,12 +165,36 @@ def calibration_error(p: np.ndarray, labels: np.ndarray) -> float | None:
     return _finite(sum(gaps) / len(labels))
 
 
-def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None,
-              num_classes: int, seed: int = 0) -> dict:
-    """Percentile 95 % intervals of macro F1, κ and macro AUC over resampled images.
-    Where a resample lacks a class, the mean is over the classes that it has. The seed is fixed."""
-    n = len(labels)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP)  # [R, n]
+def too_few(changed: np.ndarray, members: np.ndarray, name: str, what: str) -> str | None:
+    """Why a bootstrap over these units would be too narrow, or None. It needs 30 units, and ten
+    that hold an image of `changed`, bool [n] (a wrong one, a discordant one): with none of them
+    every resample is the same, and the interval has no width. members: the unit of each, int [n]"""
+    k, held = len(np.unique(members)), len(np.unique(members[changed]))
+    if k >= LEAST and held >= LEAST_WRONG:
+        return None
+    return (f"no interval: {held} of {k} {name}s hold {what}; a bootstrap needs {LEAST_WRONG} of "
+            f"at least {LEAST}")
+
+
+def resample(members: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """How often each image is in each resample of whole units: int [resamples, n]."""
+    unit = np.unique(members, return_inverse=True)[1]
+    k = unit.max() + 1
+    return np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), resamples)[:, unit]
+
+
+def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None, num_classes: int,
+              members: np.ndarray | None = None, name: str = "image", seed: int = 0) -> dict:
+    """Percentile 95 % intervals of macro F1, κ and macro AUC over resampled images, or over whole
+    units; None where these are too few, and `reason` says so. Where a resample lacks a class, the
+    mean is over the classes that it has. members: the unit of each image, int [n]. Fixed seed."""
+    members = np.arange(len(labels)) if members is None else members
+    reason = too_few(predicted != labels, members, name, "an error")
+    if reason is not None:
+        nothing = {"low": None, "high": None}
+        return {"macro_f1": nothing, "kappa": nothing, "roc_auc": nothing, "reason": reason}
+    counts = resample(members, BOOTSTRAP, seed)
+    n = counts.sum(1)  # varies where units have several images
     cells = labels * num_classes + predicted
     matrices = (counts @ np.eye(num_classes**2)[cells]).reshape(-1, num_classes, num_classes)
     rows, columns = matrices.sum(2), matrices.sum(1)
@@ -132,8 +205,9 @@ def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None,
         kappas = (hits.sum(1) / n - chance) / (1 - chance)
     aucs = np.full((1, 1), np.nan) if p is None else np.stack(
         [resampled_auc(counts, labels == c, p[:, c]) for c in range(num_classes)], 1)
-    return {name: percentiles(values) for name, values in
-            (("macro_f1", _row_means(f1)), ("kappa", kappas), ("roc_auc", _row_means(aucs)))}
+    return {key: percentiles(values) for key, values in (
+        ("macro_f1", _row_means(f1)), ("kappa", kappas), ("roc_auc", _row_means(aucs)))} | {
+        "reason": None}
 
 
 def resampled_auc(counts: np.ndarray, positive: np.ndarray, score: np.ndarray) -> np.ndarray:

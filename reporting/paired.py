@@ -1,20 +1,9 @@
-"""Two classifiers on the same images, and images that come in groups: tests and intervals."""
+"""Two classifiers on the same images: tests and intervals of their difference."""
 
 import numpy as np
 from scipy.stats import binomtest
 
-from reporting.metrics import BOOTSTRAP, percentiles
-
-
-def cluster_bootstrap(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> dict:
-    """Mean of `values`, float [n], with a 95 % interval by the percentile bootstrap over whole
-    groups: for images that are alike within a group and independent between groups."""
-    _, members = np.unique(groups, return_inverse=True)
-    sums, sizes = np.bincount(members, values.astype(float)), np.bincount(members)
-    k = len(sizes)
-    drawn = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), 10 * BOOTSTRAP)
-    means = drawn @ sums / (drawn @ sizes)
-    return {"value": float(values.mean()), **percentiles(means)}
+from reporting.metrics import BOOTSTRAP, percentiles, resample, too_few, wilson
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> dict:
@@ -27,11 +16,42 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> dict:
     return {"a_only": a_only, "b_only": b_only, "p": float(p)}
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict:
-    """Mean of a - b over the same images with its percentile bootstrap 95 % interval.
-    a, b: float [n], per image correct (0 or 1) or the share of several runs that are. Images are
-    resampled in pairs."""
-    n = len(a)
-    values, counts = np.unique(a.astype(float) - b, return_counts=True)  # few distinct
-    drawn = np.random.default_rng(seed).multinomial(n, counts / n, 10 * BOOTSTRAP)
-    return {"value": float(values @ counts / n), **percentiles(drawn @ values / n)}
+def newcombe(both: int, a_only: int, b_only: int, neither: int) -> dict:
+    """Difference of two accuracies on the same images with the 95 % interval of Newcombe (1998,
+    Stat. Med. 17:2635, method 10): from the Wilson intervals of both, and the correlation φ between
+    them with continuity correction. The four counts are images."""
+    n = both + a_only + b_only + neither
+    one, two = wilson(both + a_only, n), wilson(both + b_only, n)
+    product = both * neither - a_only * b_only
+    if product > 0:
+        product = max(product - n / 2, 0)
+    root = np.sqrt(float(both + a_only) * (b_only + neither) * (both + b_only) * (a_only + neither))
+    phi = product / root if root else 0.0
+    def reach(x: float, y: float) -> float:
+        return float(np.sqrt(max(x * x - 2 * phi * x * y + y * y, 0)))
+    value = (a_only - b_only) / n
+    return {"value": value, "reason": None,
+            "low": value - reach(one["value"] - one["low"], two["high"] - two["value"]),
+            "high": value + reach(one["high"] - one["value"], two["value"] - two["low"])}
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, members: np.ndarray | None = None,
+                      name: str = "image", seed: int = 0) -> dict:
+    """Mean of a - b over the same images with a 95 % interval.
+    a, b: float [n], per image correct (0 or 1) or the share of several runs that are. members: the
+    patient or group of each image, int [n], if they are known. For two single runs over images it
+    is Newcombe's interval; else the percentile bootstrap, over whole units where they are known.
+    Where these are too few the interval is None, and `reason` says why."""
+    if members is None and set(np.unique([a, b])) <= {0, 1}:
+        a, b = a.astype(bool), b.astype(bool)
+        return newcombe(*(int(x.sum()) for x in (a & b, a & ~b, ~a & b, ~a & ~b)))
+    members = np.arange(len(a)) if members is None else members
+    change = a.astype(float) - b
+    reason = too_few(change != 0, members, name, "a discordant image")
+    interval = {"low": None, "high": None}
+    if reason is None:
+        sums, sizes = (np.bincount(np.unique(members, return_inverse=True)[1], x)
+                       for x in (change, np.ones(len(a))))
+        drawn = resample(np.arange(len(sums)), 10 * BOOTSTRAP, seed)
+        interval = percentiles(drawn @ sums / (drawn @ sizes))
+    return {"value": float(change.mean()), **interval, "reason": reason}

@@ -1,227 +1,29 @@
-"""A run folder made readable: `report.md` and the tables on the terminal, from what is there."""
+"""The end of a run: logits of the test part become results.json, figures and report.md.
+
+Of one network, of several in folders of their own (folds, hospitals alone), or of hospitals with
+images of their own. results.json comes first; nothing that only decorates may end a run.
+"""
 
 from checks import warn
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 
-from data import Images
-from dataset.files import CLASSES
+from dataset.images import UNITS, Images
+from dataset.parts import both_sides
 from dataset.splits import Split, count_twins
-from reporting import figures
+from reporting import figures, metrics, pages
 from reporting.baselines import colour_only
-from reporting.run_folder import read_run, write_json, write_text
+from reporting.finished import read_predictions
+from reporting.pages import markdown
+from reporting.run_folder import read_history, read_json, read_run, write_json
+from reporting.tables import write_predictions
+from reporting.terminal import print_table, show
 
-
-def show(figure: dict | float | None, digits: int = 4) -> str:
-    """A number; {"value", "low", "high"} as `0.9938 (0.9778–0.9983)`, {"mean", "sd", "n"} as
-    `0.9815 ± 0.0031`; None as a dash."""
-    if not isinstance(figure, dict):
-        return "–" if figure is None else f"{figure:.{digits}f}"
-    if figure.get("value", figure.get("mean")) is None:
-        return "–"
-    if "mean" in figure:
-        return show(figure["mean"]) + ("" if figure["sd"] is None else f" ± {show(figure['sd'])}")
-    return f"{show(figure['value'])} ({show(figure['low'])}–{show(figure['high'])})"
-
-
-def markdown(header: list[str], rows: list[list]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(" ".join(str(x).replace("|", "\\|").split())
-                                       for x in line) + " |" for line in lines)
-
-
-def summary_rows(results: dict, unit: str = "round") -> list[list]:
-    """Rows model × part: n, loss, accuracy with interval, macro F1, κ, AUC."""
-    rows = []
-    for which in ("best", "last"):
-        for part in ("val", "test"):
-            m = results[which][part]
-            if m is None:  # trained without a validation part
-                continue
-            rows.append([f"{which} ({unit} {results[which][unit]})", part, m["n"], show(m["loss"]),
-                         show(m["accuracy"]), show(m["macro_f1"]), show(m["kappa"]),
-                         show(m["roc_auc"])])
-    return rows
-
-
-SUMMARY = ["model", "part", "n", "loss", "accuracy (95 %)", "macro F1", "kappa", "AUC"]
-
-
-def best_colour_row(results: dict, kind: str) -> dict:
-    """The classifier on colour `kind` (means, statistics) that is best on validation; the first of
-    the list where nothing validates."""
-    rows = [row for row in results["colour_only"] if row["features"] == kind]
-    return max(rows, key=lambda row: row["val"]["value"] or 0)
-
-
-def print_table(header: list[str], rows: list[list]) -> None:
-    """Aligned columns on stdout."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        print("  ".join(str(x).ljust(w) for x, w in zip(row, widths, strict=True)).rstrip())
-
-
-def print_epoch(record: dict, total: int, unit: str = "epoch") -> None:
-    """The line of an epoch, or of a round; null figures are dashes."""
-    print(f"{unit} {record[unit]}/{total}: train loss {show(record['train_loss'])}, val loss "
-          f"{show(record['val_loss'])}, val accuracy {show(record['val_accuracy'])}, lr "
-          f"{record['lr']:g}, {record['images_per_second']:.1f} images/s", flush=True)
-
-
-def print_round(record: dict, rounds: int) -> None:
-    """A line for each client of the round, then one for the round."""
-    for c in record["clients"]:
-        norm = "not finite, left out" if c["left_out"] else show(c["update_norm"], 3)
-        name = c.get("site", f"client {c['client']}")
-        print(f"  {name}: {c['num_examples']} images, "
-              f"{c['steps']} steps, loss {show(c['loss'])}, accuracy {show(c['accuracy'], 3)}, "
-              f"update norm {norm}, skipped {show(c['skipped_steps'], 0)}")
-    print_epoch(record, rounds, "round")
-
-
-def print_summary(folder: Path, results: dict) -> None:
-    """The table at the end of a run."""
-    print_table(SUMMARY, summary_rows(results, "round" if "round" in results["best"] else "epoch"))
-    print_colour(results)
-    print(f"report: {folder}/report.md")
-
-
-def print_colour(results: dict) -> None:
-    for kind in ("means", "statistics"):
-        top = best_colour_row(results, kind)
-        print(f"colour {kind} alone ({top['classifier']}, strip {top['strip']}): validation "
-              f"{show(top['val'])}, test {show(top['test'])}")
-
-
-MEMBERS = ["part", "training images", "best epoch", "n", "accuracy (95 %)", "macro F1", "kappa",
-           "AUC"]
-
-
-def member_rows(results: dict) -> list[list]:
-    """A row per fold or site, then their mean ± sd, then the pooled predictions if there are."""
-    keys = ("accuracy", "macro_f1", "kappa", "roc_auc")
-    rows = [[m["name"], m["train"], m["epoch"], m["n"], *(show(m[key]) for key in keys)]
-            for m in results["members"]]
-    rows.append([f"mean ± sd of {len(rows)}", "", "", "",
-                 *(show(results["mean"][key]) for key in keys)])
-    if "best" in results:
-        m = results["best"]["test"]
-        rows.append(["pooled, out of fold", "", "", m["n"], *(show(m[key]) for key in keys)])
-    return rows
-
-
-def client_rows(clients: list[dict | None], names: Iterable) -> list[list]:
-    """A row for each client or hospital: its name, n, accuracy, macro F1."""
-    return [[name, 0, "–", "–"] if m is None else
-            [name, m["n"], show(m["accuracy"]), show(m["macro_f1"])]
-            for name, m in zip(names, clients, strict=False)]
-
-
-CLIENTS = ["n", "accuracy (95 %)", "macro F1"]
-
-
-MODEL_CARD = """## Model card
-
-- **Intended use**: research and teaching. Not a medical device; not for diagnosis.
-- **Data**: {data}. Fingerprint `{fingerprint}`.
-- **Level of the split**: images, `{split}`, split seed {split_seed}. {level}
-- **Known leaks**: {twins} of {n} test images have an identical twin in the training part; {leaks}
-- **Intervals** assume independent images. {intervals}
-- **Privacy**: one process, no secure aggregation, no differential privacy: nothing is claimed.
-- **Limits**: one seed unless several are reported; colour alone reaches {colour} on the same test
-  images (table above): a figure not well above it says nothing about cells.
-"""
-
-OWN = {"level": "What is not known of the images, such as patients, cannot be kept apart.",
-       "leaks": "near-duplicates and shortcuts are not looked for here: audit.py does.",
-       "intervals": "Where several images come from one patient they are too narrow."}
-ALL_SET = {"level": "The public ALL set has no patient or slide ids: a patient-level split is "
-                 "impossible, and images of one patient stand on both sides.",
-        "leaks": "near-duplicates, overlapping fields of view, class-tied scale bars and stain are "
-                 "not removed.",
-        "intervals": "With about 37 images a patient (89 patients, 3,256 images) they are too "
-                     "narrow for the ALL set."}
-SYNTHETIC = {"level": "Each picture is drawn independently.",
-             "leaks": "none else by construction.", "intervals": "Here that holds."}
-
-
-def is_all_set(run: dict) -> bool:
-    """Whether a run's images are one of the two public sets of acute lymphoblastic leukaemia."""
-    return run["classes"] == list(CLASSES) and run["images"] in (3256, 3242)
-
-
-def head(folder: Path, run: dict, results: dict) -> str:
-    """Title, command and cost."""
-    loud = "**SYNTHETIC DATA: drawn, not medical. Figures show that the code works, no more.**\n\n"
-    return (
-        f"# {folder.name}\n\n{loud if run['synthetic'] else ''}"
-        f"`python {run['script']} {' '.join(run['argv'])}`\n\n"
-        f"{run['images']} images of {run['data']}; {results['images_seen']} training passes in "
-        f"{results['optimizer_steps']} optimiser steps, {results['seconds']:.0f} s on "
-        f"{run['machine']['device']} ({run['machine']['name']}, {run['machine']['threads']} "
-        f"threads), torch {run['machine']['torch']}, commit {run['git']}."
-        + (f" Passed over: {run['ignored_files']}." if run["ignored_files"] else ""))
-
-
-def class_table(test: dict, title: str) -> str:
-    """Per class, and malignant against benign."""
-    rows = [[name, *(show(m[k]) for k in ("precision", "recall", "specificity", "f1", "auc")),
-             m["support"]] for name, m in test["per_class"].items()]
-    text = f"### Per class ({title})\n\n" + markdown(
-        ["class", "precision", "recall", "specificity", "F1", "AUC", "support"], rows)
-    if test["malignant"] is not None:
-        text += (f"\n\nMalignant against benign: sensitivity "
-                 f"{show(test['malignant']['sensitivity'])}, specificity "
-                 f"{show(test['malignant']['specificity'])}. ECE {show(test['ece'])}, Brier "
-                 f"{show(test['brier'])}.")
-    return text
-
-
-def colour_table(results: dict) -> str:
-    rows = [[f"{row['features']}, {row['classifier']}, strip {row['strip']}", show(row["val"]),
-             show(row["test"])] for row in results["colour_only"]]
-    return ("### What colour alone reaches\n\nNo network: classifiers on whole-image colour.\n\n"
-            + markdown(["statistics", "validation", "test"], rows))
-
-
-def figures_and_settings(folder: Path, run: dict) -> str:
-    """Every figure of the folder, and every argument that is set."""
-    drawn = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(folder.glob("*.png")))
-    settings = [[k, v] for k, v in run["arguments"].items()
-                if v is not None and v is not False]  # a zero is a setting
-    return f"## Figures\n\n{drawn}\n\n## Settings\n\n{markdown(['argument', 'value'], settings)}"
-
-
-def tail(folder: Path, run: dict, twins: int, n: int, colour: str) -> str:
-    """Figures, settings and model card."""
-    card = MODEL_CARD.format(
-        data=f"{run['data']}, {run['images']} images, classes {', '.join(run['classes'])}",
-        fingerprint=run["fingerprint"][:16], split=run["arguments"]["split"], twins=twins,
-        split_seed=run["arguments"]["split_seed"], n=n, colour=colour,
-        **(SYNTHETIC if run["synthetic"] else ALL_SET if is_all_set(run) else OWN))
-    return f"{figures_and_settings(folder, run)}\n\n{card}"
-
-
-def write_page(folder: Path, sections: list[str]) -> None:
-    """report.md of these sections; empty ones are left out."""
-    write_text(folder / "report.md", "\n\n".join(s for s in sections if s).rstrip() + "\n")
-
-
-def write_run(folder: Path, results: dict, history: list[dict], images: Images, split: Split,
-              logits: np.ndarray, clients: list[np.ndarray] | None) -> dict:
-    """Figures, report.md and results.json of one trained network; returns what the latter holds.
-    logits: float32 [n, C] of the best model on the test part. Adds what colour alone reaches."""
-    results = results | {"colour_only": colour_only(images, split)}
-    write_json(folder / "results.json", results)  # first: nothing below may end a run
-    with decoration():
-        draw_run(folder, results, history, images, split, logits, clients)
-    return results
+NETWORK = ("data", "synthetic", "fingerprint", "model")  # what all parts of a run have in common
 
 
 @contextmanager
@@ -232,6 +34,73 @@ def decoration() -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - whatever a figure or a table can raise
         warn(f"WARNING: the report is not complete ({type(error).__name__}: {error}); every figure "
              "stands in results.json")
+
+
+def print_summary(folder: Path, results: dict) -> None:
+    """The table at the end of a run."""
+    unit = "round" if "round" in results["best"] else "epoch"
+    print_table(pages.SUMMARY, pages.summary_rows(results, unit))
+    pages.print_colour(results)
+    print(f"report: {folder}/report.md")
+
+
+def budget(records: list[dict]) -> dict:
+    """What training cost, over rounds, epochs or whole runs."""
+    names = ("images", "images_seen"), ("steps", "optimizer_steps"), ("seconds", "seconds")
+    return {name: sum(r.get(key, r.get(name)) for r in records) for key, name in names}
+
+
+def unit_sections(images: Images, several: list[Split], test: dict) -> list[str]:
+    """The heading of the results. Where patients, or groups, are known: who stands on both sides of
+    the split, how many are in each part, and the intervals that hold for new ones."""
+    out = [f"**WARNING: {line}.**" for line in both_sides(images, several)] + ["## Results"]
+    for unit in UNITS:
+        if (by := test.get(f"by_{unit}")) is None:
+            continue
+        members = images.units(np.arange(len(images.paths)))[unit]
+        counts = [f"{len(np.unique(members[np.concatenate([s[part] for s in several])]))} in {part}"
+                  for part in several[0]]
+        rows = [["accuracy", show(by["accuracy"])]]
+        if by["malignant"]:
+            rows += [[key, show(value)] for key, value in by["malignant"].items()]
+        rows += [[key.replace("_", " "), show({"value": test[key], **by[key]})]
+                 for key in ("macro_f1", "kappa", "roc_auc")]
+        out += [f"### By {unit}: intervals that hold for new {unit}s",
+                f"{unit.capitalize()}s: {', '.join(counts)}. Best model, test part.",
+                markdown(["figure", f"value (95 %, {unit}s)"], rows)]
+        out += [by["reason"].capitalize() + "."] if by["reason"] else []
+    return out
+
+
+# ---- one network --------------------------------------------------------------------------------
+
+def measure(images: Images, indices: np.ndarray, logits: np.ndarray,
+            shares: list[np.ndarray] | None) -> dict:
+    """Figures of a whole part, and of each client on its share where there are shares (FedBN).
+    logits: float32 [n, C] in the order of `indices`, which are sorted, as each share is."""
+    labels, classes = images.labels.numpy()[indices], images.classes
+    m = metrics.measure(logits, labels, classes, images.units(indices))
+    if shares:
+        rows = [np.searchsorted(indices, share) for share in shares]
+        m["clients"] = [metrics.measure(logits[r], labels[r], classes) if len(r) else None
+                        for r in rows]
+    return m
+
+
+def write_run(folder: Path, results: dict, history: list[dict], images: Images, split: Split,
+              shares: dict[str, list[np.ndarray]], logits: dict, clients: list | None) -> dict:
+    """results.json, figures and report.md of one trained network; returns what the first holds.
+    logits: "last" and "best" → part → float32 [n, C]. shares: part → one for each client, or {}.
+    Adds to `results` every figure of both, what training cost, and what colour alone reaches."""
+    results = results | budget(history)
+    for which, parts in logits.items():
+        results[which] |= {"val": None, **{part: measure(images, split[part], x, shares.get(part))
+                                           for part, x in parts.items()}}
+    results["colour_only"] = colour_only(images, split)
+    write_json(folder / "results.json", results)
+    with decoration():
+        draw_run(folder, results, history, images, split, logits["best"]["test"], clients)
+    return results
 
 
 def draw_run(folder: Path, results: dict, history: list[dict], images: Images, split: Split,
@@ -245,7 +114,7 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
     figures.plot_roc(logits, labels[split["test"]], images.classes, test["per_class"],
                      folder / "roc.png")
     if clients is not None:
-        figures.plot_clients(labels, clients, images.classes, folder / "clients.png")
+        figures.plot_clients(images, clients, folder / "clients.png")
     chosen = ("Best = lowest validation loss, the earliest on ties; the test part was touched "
               "after training only." if best["val"] else
               "No validation part: the last epoch is scored.")
@@ -253,62 +122,129 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
     shares = []  # FedBN only
     if "clients" in test:
         shares = ["### Each client on its own share of the test part (own BatchNorm)",
-                  markdown(["client", *CLIENTS], client_rows(test["clients"], count()))]
-    write_page(folder, [
-        head(folder, run, results),
-        f"## Results\n\n{chosen}\n\n{markdown(SUMMARY, summary_rows(results, unit))}",
-        class_table(test, "best model, test"),
-        *shares, colour_table(results),
-        tail(folder, run, twins, test["n"],
-             show(best_colour_row(results, "statistics")["test"]))])
+                  markdown(["client", *pages.CLIENTS],
+                           pages.client_rows(test["clients"], images.titles(clients)))]
+    pages.write_page(folder, [
+        pages.head(folder, run, results), *unit_sections(images, [split], test),
+        f"{chosen}\n\n{markdown(pages.SUMMARY, pages.summary_rows(results, unit))}",
+        pages.class_table(test, "best model, test"),
+        *shares, pages.colour_table(results),
+        pages.tail(folder, run, twins, test["n"],
+             show(pages.best_colour_row(results, "statistics")["test"]))])
 
 
-def write_pooled(folder: Path, results: dict, histories: list[list[dict]], twins: int,
-                 drawn: tuple[np.ndarray, np.ndarray] | None) -> None:
-    """Figures and report.md of a run of folds, or of hospitals alone; the table on the terminal.
-    drawn: logits [n, C] and labels [n] of the pooled test parts, where they are disjoint."""
-    figures.plot_curves(histories, folder / "curves.png")
+# ---- several networks ---------------------------------------------------------------------------
+
+def pool_folds(folder: Path, images: Images, several: dict[str, Split],
+               titles: dict[str, str]) -> dict:
+    """Results, curves and report of a run that consists of `several` runs, each in its own folder.
+    Means over them with sample standard deviation. Where their test parts are disjoint (folds),
+    every image has one prediction made without it: those are pooled, with intervals. titles: the
+    clients that folders stand for, by folder."""
+    members = {name: read_json(folder / name / "results.json") for name in several}
+    first, tests = next(iter(members.values())), {n: m["best"]["test"] for n, m in members.items()}
+    results = {key: first[key] for key in NETWORK} | budget(list(members.values()))
+    unit = next(key for key in ("epoch", "round") if key in first["best"])
+    results["members"] = [
+        {"name": name, "client": titles.get(name, name), "train": len(several[name]["train"]),
+         unit: m["best"][unit], "n": tests[name]["n"],
+         **{key: tests[name][key] for key in metrics.FIGURES}} for name, m in members.items()]
+    results["mean"] = {key: metrics.mean_sd([t[key] for t in tests.values()])
+                       for key in metrics.FIGURES}
+    drawn = None
+    indices = np.concatenate([split["test"] for split in several.values()])
+    if len(set(indices.tolist())) == len(indices):
+        parts = [read_predictions(folder / name) for name in several]
+        rows = {path: x for part in parts for path, x in zip(part.paths, part.logits, strict=True)}
+        indices = np.sort(indices)
+        logits = np.stack([rows[images.paths[i]] for i in indices])
+        results["best"] = {"test": measure(images, indices, logits, None)}
+        results["colour_only"] = pooled_colour(list(members.values()))
+        write_predictions(folder, images, {name: s["test"] for name, s in several.items()},
+                          {name: logits[np.searchsorted(indices, s["test"])]
+                           for name, s in several.items()})
+        drawn = logits, images.labels.numpy()[indices]
+    write_json(folder / "results.json", results)
+    with decoration():
+        draw_pooled(folder, results, images, several, drawn)
+    return results
+
+
+def pooled_colour(members: list[dict]) -> list[dict]:
+    """The colour-only rows of folds, pooled over their test images."""
+    rows = []
+    for i, row in enumerate(members[0]["colour_only"]):
+        sizes = [m["best"]["test"]["n"] for m in members]
+        hits = sum(round((m["colour_only"][i]["test"]["value"] or 0) * n)
+                   for m, n in zip(members, sizes, strict=True))
+        rows.append({**row, "val": metrics.wilson(0, 0), "test": metrics.wilson(hits, sum(sizes))})
+    return rows
+
+
+def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, Split],
+                drawn: tuple[np.ndarray, np.ndarray] | None) -> None:
+    """Figures and report.md of `pool_folds`; the table on the terminal. drawn: logits [n, C] and
+    labels [n] of the pooled test parts, where they are disjoint."""
+    splits, rows = list(several.values()), pages.member_rows(results)
+    figures.plot_curves([read_history(folder / name) for name in several], folder / "curves.png")
     run, colour = read_run(folder), "what the report of each part says"
-    sections = [head(folder, run, results), "## Results", markdown(MEMBERS, member_rows(results)),
+    test = results["best"]["test"] if drawn else {}
+    sections = [pages.head(folder, run, results), *unit_sections(images, splits, test),
+                markdown(pages.MEMBERS, rows),
                 "Each row is a run in the folder of that name, with a report of its own."]
-    print_table(MEMBERS, member_rows(results))
+    print_table(pages.MEMBERS, rows)
     if drawn is not None:
-        test = results["best"]["test"]
         figures.plot_confusion(test["confusion"], run["classes"], "out of fold",
                                folder / "confusion.png")
         figures.plot_roc(*drawn, run["classes"], test["per_class"], folder / "roc.png")
         sections += [("The standard deviation over folds is no standard error: training parts "
                       "overlap. The interval is that of the pooled predictions."),
-                     class_table(test, "pooled, out of fold"), colour_table(results)]
-        colour = show(best_colour_row(results, "statistics")["test"])
-        print_colour(results)
+                     pages.class_table(test, "pooled, out of fold"), pages.colour_table(results)]
+        colour = show(pages.best_colour_row(results, "statistics")["test"])
+        pages.print_colour(results)
+    twins = sum(count_twins(images.digests, s["test"], s["train"]) for s in splits)
     n = sum(m["n"] for m in results["members"])
-    write_page(folder, [*sections, tail(folder, run, twins, n, colour)])
-    write_json(folder / "results.json", results)
+    pages.write_page(folder, [*sections, pages.tail(folder, run, twins, n, colour)])
     print(f"report: {folder}/report.md")
 
 
-def write_sites(folder: Path, results: dict, history: list[dict], classes: list[str]) -> None:
-    """Figures, report.md and the tables on the terminal of hospitals with images of their own:
-    pooled counts, and a row for each hospital."""
+def write_sites(folder: Path, results: dict, told: dict, history: list[dict],
+                classes: list[str]) -> None:
+    """Results, figures and report.md of hospitals with images of their own: pooled counts, and a
+    row for each hospital. told: "last" and "best" → "val" and "test" → of each hospital what it
+    may tell: confusion matrix, number of images and mean loss."""
+    for which, parts in told.items():
+        for part, several in parts.items():
+            counts = [np.array(confusion) for confusion, _, _ in several]
+            losses = [np.nan if loss is None else loss * n for _, n, loss in several]
+            results[which][part] = metrics.measure_counts(sum(counts), sum(losses), classes) | {
+                "clients": [metrics.measure_counts(c, x, classes)
+                            for c, x in zip(counts, losses, strict=True)]}
+    results |= {"colour_only": [], **budget(history)}
+    write_json(folder / "results.json", results)
+    with decoration():
+        draw_sites(folder, results, history, classes)
+
+
+def draw_sites(folder: Path, results: dict, history: list[dict], classes: list[str]) -> None:
+    """Figures and report.md of `write_sites`; the tables on the terminal."""
     test, run = results["best"]["test"], read_run(folder)
     figures.plot_curves([history], folder / "history.png", "round", results["best"]["round"])
     figures.plot_confusion(test["confusion"], classes, "best model, test parts of all sites",
                            folder / "confusion.png")
-    header, rows = ["site", *CLIENTS], client_rows(test["clients"], results["sites"])
-    write_page(folder, [
+    header, rows = ["site", *pages.CLIENTS], pages.client_rows(test["clients"], results["sites"])
+    pages.write_page(folder, [
         f"# {folder.name}",
         (f"Sites: {results['data']}. {results['images_seen']} training passes in "
          f"{results['optimizer_steps']} optimiser steps, commit {run['git']}."),
         "## Results", "Best = lowest validation loss pooled over sites, the earliest on ties.",
-        markdown(SUMMARY, summary_rows(results)),
+        markdown(pages.SUMMARY, pages.summary_rows(results)),
         "### Each site on its own test part (best model)", markdown(header, rows),
-        class_table(test, "best model, test parts of all sites"),
+        pages.class_table(test, "best model, test parts of all sites"),
         ("Intervals assume independent images. Each site's predictions stay in its own folder; "
          "what crossed between sites, and what that does not protect, stands in SECURITY.md. "
          "Research and teaching only, not a medical device."),
-        figures_and_settings(folder, run)])
-    write_json(folder / "results.json", results)
-    print_table(SUMMARY, summary_rows(results))
+        pages.figures_and_settings(folder, run)])
+    print_table(pages.SUMMARY, pages.summary_rows(results))
     print_table(header, rows)
     print(f"report: {folder}/report.md")

@@ -8,34 +8,30 @@ leaves the old one or the new one, whole.
 from checks import InputError, make_parser, warn
 
 import argparse
-import csv
-import io
 import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.special import softmax
 
-from data import Images, load
+from data import Images
 from dataset import interventions
 from dataset.files import say_passed
 from dataset.splits import Split
 from models import read_file, save, write_whole
 from reporting.provenance import git_commit, launcher, machine, restarts
+from reporting.tables import read_split, write_split
 
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
     fcntl = None
 
-CSV = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # any name on any disk
 UNRECORDED = ("resume", "out", "timeout", "argv")  # arguments that say where, not what
 
 
@@ -71,7 +67,8 @@ def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Names
         parser.set_defaults(**recorded)
         again = vars(parser.parse_args(argv))
         for name, value in recorded.items():
-            if again[name] != value and not (name == "data" and value):  # moved: the images decide
+            # of what was moved, the images and the split decide
+            if again[name] != value and not (name in ("data", "table") and value):
                 raise InputError(f"--resume {args.resume}: --{name.replace('_', '-')} is "
                                  f"{value} there, not {again[name]}")
         if args.out is not None:
@@ -115,8 +112,10 @@ def modern(arguments: dict) -> dict:
     if new.get("site_data") and "site_names" in new:
         names = new.pop("site_names") or [f"site{k}" for k in range(len(new["site_data"]))]
         new["site_data"] = [f"{n}={d}" for n, d in zip(names, new["site_data"], strict=False)]
+    new = {"table": new.pop("groups", None), "columns": None, "skip_unlisted": False} | new
     for gone, neutral in (("momentum", 0.9), ("local_only", False), ("seeds", None),
-                          ("models", None), ("site_names", None), ("share_scores", False)):
+                          ("models", None), ("site_names", None), ("share_scores", False),
+                          ("groups", None)):
         if gone in new and new[gone] == neutral:
             del new[gone]
     return new
@@ -125,13 +124,6 @@ def modern(arguments: dict) -> dict:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, the whole of it or nothing."""
     write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
-
-
-def write_csv(path: Path, rows: list[list]) -> None:
-    """Write a header and rows as CSV, the whole of it or nothing."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    write_text(path, buffer.getvalue())
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -152,33 +144,6 @@ def new_folder(out: str | None, default: str) -> Path:
                                  ) from None
 
 
-@contextmanager
-def reserved(out: str | None, default: Path, companion: str) -> Iterator[Path]:
-    """The name of a file to write: `out`, or the default, numbered if taken. Held by an empty file
-    until it is written, so that two processes never take one name; free again if the work fails.
-    companion: suffix of a second file that is written beside. Raises InputError before any work."""
-    for number in itertools.count(1):
-        number = f"-{number}" if number > 1 else ""
-        path = Path(out) if out else default.with_name(f"{default.stem}{number}{default.suffix}")
-        taken = [p for p in (path, path.with_suffix(companion)) if p.exists()]
-        if out and (taken or path.suffix == companion):
-            raise InputError(f"--out {out}: " + (f"{taken[0]} exists already" if taken else
-                                                 f"must not end in {companion}"))
-        try:
-            if not taken:
-                path.touch(exist_ok=False)
-                break
-        except FileExistsError:
-            continue  # taken by another process a moment ago
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"--out {path}: there is no folder {path.parent}") from None
-    try:
-        yield path
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
 def write_run(folder: Path, args: argparse.Namespace, script: str, images: Images,
               device: torch.device, part_of: str | None = None) -> None:
     """Write run.json: everything that made the run what it is. part_of: the name of the larger
@@ -187,7 +152,8 @@ def write_run(folder: Path, args: argparse.Namespace, script: str, images: Image
         "script": f"train_{script}.py", "part_of": part_of,
         "argv": args.argv,
         "arguments": {k: v for k, v in vars(args).items() if k not in UNRECORDED} | {
-            "data": args.data and os.path.abspath(args.data)},
+            name: getattr(args, name) and os.path.abspath(getattr(args, name))
+            for name in ("data", "table")},
         "seed": args.seed, "synthetic": args.data is None, "data": images.name,
         "fingerprint": images.fingerprint(), "classes": images.classes,
         "images": len(images.paths), "bad_files": images.bad,
@@ -221,22 +187,14 @@ def check_images(folder: Path, images: Images) -> dict:
     return run
 
 
-def load_images(folder: Path, place: str | None = None) -> tuple[dict, Images]:
-    """run.json of a run, and the images that it was made with, read again. place: the folder where
-    they are now, if they were moved."""
-    arguments = read_run(folder)["arguments"]
-    moved = {"data": place} if place else {}
-    try:
-        images = load(argparse.Namespace(**arguments | moved))
-    except InputError as error:
-        raise InputError(f"{error} (images that were moved: --data DIR)") from None
-    return check_images(folder, images), images
-
-
 def start_or_resume(folder: Path, images: Images, split: Split, clients: list[np.ndarray],
                     start: dict) -> dict:
     """The checkpoint to go on from. A new run begins with its split and its start on disk."""
     if (folder / "last.pt").exists():
+        there, owners, _ = read_split(folder, images)
+        if any(not np.array_equal(there[part], split[part]) for part in split) or any(
+                not np.array_equal(a, b) for a, b in zip(owners, clients, strict=False)):
+            raise InputError(f"{folder}: the flags and the table here do not give its split")
         checkpoint = read_file(folder / "last.pt")
         write_history(folder, checkpoint["history"])  # later lines will be written again
         return checkpoint
@@ -302,78 +260,3 @@ def write_history(folder: Path, history: list[dict]) -> None:
 
 def read_history(folder: Path) -> list[dict]:
     return [json.loads(x) for x in (folder / "history.jsonl").read_text("utf-8").splitlines()]
-
-
-def part_names(split: Split, n: int) -> list[str]:
-    """Part of each image: train, val, test, val+test (stratified80) or dropped (blocked)."""
-    names = ["dropped"] * n
-    for part, indices in split.items():
-        for i in indices:
-            names[i] = part if names[i] == "dropped" else f"{names[i]}+{part}"
-    return names
-
-
-def write_split(folder: Path, images: Images, split: Split, clients: list[np.ndarray]) -> None:
-    """split.csv: path, label, split, client (training images only)."""
-    owner = {int(i): k for k, indices in enumerate(clients) for i in indices}
-    rows = [[path, images.classes[label], part, owner.get(i, "")] for i, (path, label, part) in
-            enumerate(zip(images.paths, images.labels.tolist(),
-                          part_names(split, len(images.paths)), strict=True))]
-    write_csv(folder / "split.csv", [["path", "label", "split", "client"], *rows])
-
-
-def read_split(folder: Path, images: Images) -> tuple[Split, list[np.ndarray]]:
-    """The split and the clients of a run, as its split.csv has them. InputError for none."""
-    try:
-        with open(folder / "split.csv", **CSV) as file:
-            rows = {row["path"]: row for row in csv.DictReader(file)}
-    except FileNotFoundError:
-        raise InputError(f"{folder}: not a run of one network, it has no split.csv") from None
-    parts = [rows[path]["split"].split("+") for path in images.paths]
-    owners = np.array([int(rows[path]["client"] or -1) for path in images.paths])
-    return ({name: np.flatnonzero([name in part for part in parts])
-             for name in ("train", "val", "test")},
-            [np.flatnonzero(owners == k) for k in range(owners.max() + 1)])
-
-
-def write_predictions(folder: Path, images: Images, split: Split, logits: dict) -> None:
-    """predictions.csv of the best model. logits: part → float32 [n, C] in the order of the part."""
-    names = part_names(split, len(images.paths))
-    rows, done = [], set()
-    for part, values in logits.items():
-        for i, p in zip(split[part], softmax(values.astype(np.float32), axis=1), strict=True):
-            if i not in done:
-                done.add(i)
-                rows.append([images.paths[i], images.classes[images.labels[i]], names[i],
-                             images.classes[p.argmax()], *(f"{x:.9g}" for x in p)])
-    header = ["path", "label", "split", "prediction", *(f"p_{c}" for c in images.classes)]
-    write_csv(folder / "predictions.csv", [header, *rows])
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Rows of a `predictions.csv`, in the order of their paths."""
-    paths: list[str]
-    labels: np.ndarray  # int64 [n]
-    logits: np.ndarray  # float64 [n, C], the logarithms of the probabilities written
-    classes: list[str]
-
-
-def read_predictions(folder: Path, part: str = "test") -> Predictions:
-    """Test images (all out-of-fold ones of a k-fold run), or those of `val`, as
-    `write_predictions` wrote them. Raises InputError where there are none."""
-    try:
-        with open(folder / "predictions.csv", **CSV) as file:
-            header, *rows = csv.reader(file)
-        classes = [name.removeprefix("p_") for name in header[4:]]
-        rows = sorted(row for row in rows if part in row[2].split("+")
-                      or (part == "test" and row[2].startswith("fold")))
-        p = np.array([row[4:] for row in rows], dtype=np.float64).reshape(len(rows), len(classes))
-        labels = np.array([classes.index(row[1]) for row in rows], dtype=np.int64)
-    except FileNotFoundError:
-        raise InputError(f"{folder}: has no predictions.csv; is the run complete?") from None
-    except (ValueError, IndexError) as error:
-        raise InputError(f"{folder}/predictions.csv: damaged ({error})") from None
-    if not rows:
-        raise InputError(f"{folder}/predictions.csv: no {part} image in it")
-    return Predictions([row[0] for row in rows], labels, np.log(np.maximum(p, 1e-45)), classes)

@@ -19,7 +19,7 @@ import models
 import predict
 from auditing import duplicates, probes
 from dataset import interventions
-from reporting import paired, run_folder
+from reporting import tables
 
 
 @pytest.fixture(scope="module")
@@ -174,17 +174,6 @@ def test_interventions_change_training_and_follow_the_model(tree, tmp_path):
 
 # ---- the script -------------------------------------------------------------------------------
 
-def test_cluster_bootstrap_is_wider_where_groups_are_alike():
-    values = np.repeat(np.arange(20) % 4 > 0, 5).astype(float)
-    single = paired.cluster_bootstrap(values, np.arange(100))
-    grouped = paired.cluster_bootstrap(values, np.repeat(np.arange(20), 5))
-    assert single["value"] == grouped["value"] == 0.75
-    ratio = (grouped["high"] - grouped["low"]) / (single["high"] - single["low"])
-    assert ratio == pytest.approx(np.sqrt(5), rel=0.12)
-    one = paired.cluster_bootstrap(np.array([1.0, 1.0, 0.0]), np.zeros(3))
-    assert one["low"] == one["high"] == pytest.approx(2 / 3)
-
-
 @pytest.fixture(scope="module")
 def doubled(tmp_path_factory):
     """A set where class a holds five pictures twice."""
@@ -211,7 +200,7 @@ def test_audit_of_data_writes_all_of_it_and_the_trainer_takes_its_groups(doubled
     names = {p.name for p in out.iterdir()}
     assert names == {"audit.json", "report.md", "groups.csv", "probes.png", "split-seeds.png",
                      "near-duplicates.png", "interventions.png"}
-    run = train(doubled, tmp_path / "run", "--split", "grouped", "--groups", out / "groups.csv")
+    run = train(doubled, tmp_path / "run", "--table", out / "groups.csv")
     with open(run / "split.csv", encoding="utf-8") as file:
         parts = {row["path"]: row["split"] for row in csv.DictReader(file)}
     assert all(parts[f"a/again-{i}.png"] == parts[f"a/a-{i + 1:03d}.png"] for i in range(5))
@@ -225,7 +214,7 @@ def test_audit_of_a_run_agrees_with_the_run(doubled, tmp_path):
     assert found["accuracy"] == results["best"]["test"]["accuracy"]
     assert found["ece"] == pytest.approx(results["best"]["test"]["ece"], abs=1e-6)
     images = data.read_folder(str(doubled), 20)
-    split = run_folder.read_split(run, images)[0]
+    split = tables.read_split(run, images)[0]
     partners = sum(images.digests[i] in {images.digests[j] for j in split["train"]}
                    for i in split["test"])
     hits = [round((found[k]["value"] or 0) * n) for k, n in

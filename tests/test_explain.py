@@ -13,7 +13,7 @@ from helpers import script, train
 
 import explain
 import models
-from reporting import inference, run_folder
+from reporting import finished, inference
 
 QUICK = ["--per-class", "1", "--samples", "20", "--steps", "3", "--lime-seeds", "2"]
 
@@ -56,7 +56,7 @@ def test_what_is_written(explained):
 
 def test_images_are_chosen_by_rule_and_every_error_is_among_them(explained):
     out, _ = explained
-    test = run_folder.read_predictions(out)
+    test = finished.read_predictions(out)
     rows = table(out)
     wrong = {p for p, y, x in zip(test.paths, test.labels, test.logits, strict=True)
              if x.argmax() != y}
@@ -70,7 +70,7 @@ def test_images_are_chosen_by_rule_and_every_error_is_among_them(explained):
 
 def test_the_rule_is_evenly_spaced_in_path_order():
     n = 10
-    test = run_folder.Predictions([f"a{i}" for i in range(n)] + ["b0"], np.array([0] * n + [1]),
+    test = finished.Predictions([f"a{i}" for i in range(n)] + ["b0"], np.array([0] * n + [1]),
                             np.array([[1.0, 0]] * n + [[0, 1.0]]), ["a", "b"])
     assert explain.choose(test, 2) == {"a2": "rule", "a7": "rule", "b0": "rule"}
     assert list(explain.choose(test, 10)) == [*test.paths]
@@ -83,7 +83,7 @@ def test_the_explained_function_is_the_evaluated_one(explained, tree):
     out, done = explained
     assert "WARNING" not in done.stderr
     trained = inference.load(out, torch.device("cpu"))
-    test = run_folder.read_predictions(out)
+    test = finished.read_predictions(out)
     for subject in explain.of_the_run(out, trained, 3):
         written = np.exp(test.logits[test.paths.index(subject.path)])
         assert subject.p == pytest.approx(written, abs=1e-5)

@@ -18,15 +18,44 @@ def picture(path, seed=0, mode="RGB"):
     Image.fromarray(pixels).convert(mode).save(path)
 
 
-@pytest.mark.parametrize("names", [("train", "val", "test"), ("Train", "Valid"), ("training", "a"),
-                                   ("TEST", "b", "c")])
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "VALID", "Testing"),
+                                   ("Dev", "test", "train"), ("TRAIN", "Test")])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_tree_that_is_split_already_gives_its_split(tmp_path, names, wrapped):
+    root = tmp_path / "set" / "inner" if wrapped else tmp_path / "set"
+    for name in names:
+        write_tree(root / name, {"x": 3, "y": 2})
+    images = data.read_folder(str(tmp_path / "set"), 20)
+    assert images.classes == ["x", "y"] and images.class_counts(
+        np.arange(len(images.paths))) == [3 * len(names), 2 * len(names)]
+    words = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+    assert images.known["split"].tolist() == [
+        words.get(path.split("/")[0].lower(), "val") for path in images.paths]
+
+
+@pytest.mark.parametrize("names", [("train", "a"), ("TEST", "b", "c"), ("val", "eval")])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_parts_of_a_given_split_are_never_classes(tmp_path, names, wrapped):
     root = tmp_path / "set" / "inner" if wrapped else tmp_path / "set"
     for name in names:
         write_tree(root / name, {"x": 3, "y": 3})
-    with pytest.raises(InputError, match="parts of a given split, not classes"):
+    with pytest.raises(InputError, match="parts of a given split, but not the other folders"):
         data.read_folder(str(tmp_path / "set"), 20)
+
+
+def test_a_given_split_needs_one_folder_of_each_kind_with_the_same_classes(tmp_path):
+    for name in ("train", "test"):
+        write_tree(tmp_path / "a" / name, {"x": 2, "y": 2, "z" + name: 2})
+    with pytest.raises(InputError, match="not one of each kind with the same class folders"):
+        data.read_folder(str(tmp_path / "a"), 20)
+    for name in ("train", "test", "val", "valid"):
+        write_tree(tmp_path / "b" / name, {"x": 2, "y": 2})
+    with pytest.raises(InputError, match="not one of each kind"):
+        data.read_folder(str(tmp_path / "b"), 20)
+    write_tree(tmp_path / "c" / "train", {"x": 2, "y": 2})
+    picture(tmp_path / "c" / "test" / "1.png")  # a competition's test part, without labels
+    with pytest.raises(InputError, match="test: no class folder"):
+        data.read_folder(str(tmp_path / "c"), 20)
 
 
 def test_original_is_entered_only_where_nothing_else_could_be_meant(tmp_path):

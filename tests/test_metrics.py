@@ -185,18 +185,33 @@ def test_mcnemar_is_the_exact_binomial():
 
 def test_paired_difference_is_that_of_resampled_pairs():
     rng = np.random.default_rng(1)
-    a, b = rng.random(80) < 0.9, rng.random(80) < 0.7
-    d = paired.paired_difference(a, b)
-    assert d["value"] == pytest.approx(a.mean() - b.mean())
+    runs = (rng.random((2, 80)) < 0.9).mean(0)  # two seeds against one: shares, not 0 and 1
+    b = rng.random(80) < 0.7
+    d = paired.paired_difference(runs, b)
+    assert d["value"] == pytest.approx(runs.mean() - b.mean()) and d["reason"] is None
     drawn = rng.integers(0, 80, (20000, 80))  # the plain bootstrap
-    low, high = np.percentile(a[drawn].mean(1) - b[drawn].mean(1), (2.5, 97.5))
+    low, high = np.percentile(runs[drawn].mean(1) - b[drawn].mean(1), (2.5, 97.5))
     assert d["low"] == pytest.approx(low, abs=0.013) and d["high"] == pytest.approx(high, abs=0.013)
-    assert paired.paired_difference(a, a) == {"value": 0.0, "low": 0.0, "high": 0.0}
-    # pairing matters: the same marginals, unpaired, would be wider
-    shifted = a.copy()
-    shifted[np.flatnonzero(a)[0]] = False
-    near = paired.paired_difference(a, shifted)
-    assert near["value"] == pytest.approx(1 / 80) and near["high"] < 0.05
+    nothing = paired.paired_difference(runs, runs)  # never an interval without width
+    assert (nothing["low"], nothing["high"]) == (None, None)
+    assert nothing["reason"] == ("no interval: 0 of 80 images hold a discordant image; a bootstrap "
+                                 "needs 10 of at least 30")
+
+
+def test_newcombe_gives_the_published_interval_and_has_a_width():
+    """Newcombe 1998, table II: the pairs 36, 12, 2, 0 (method 10: 0.0569 to 0.3404)."""
+    d = paired.newcombe(36, 12, 2, 0)
+    assert (d["value"], d["low"], d["high"]) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
+    d = paired.newcombe(320, 1, 0, 4)
+    assert (round(d["low"], 4), round(d["high"], 4)) == (-0.0102, 0.0181)
+    d = paired.newcombe(0, 1, 0, 324)
+    assert d["low"] < 0 < d["high"]
+    d = paired.newcombe(325, 0, 0, 0)
+    assert d["value"] == 0 and d["low"] == -d["high"] < 0
+    one, two = np.array([True] * 8 + [False] * 2), np.array([True] * 7 + [False, True, False])
+    assert paired.paired_difference(one, two) == paired.newcombe(7, 1, 1, 1)
+    swapped = paired.newcombe(7, 3, 1, 1), paired.newcombe(7, 1, 3, 1)
+    assert swapped[0]["low"] == pytest.approx(-swapped[1]["high"])
 
 
 def test_mean_and_sample_standard_deviation():

@@ -12,7 +12,7 @@ from helpers import train, write_tree
 
 import predict
 from dataset.files import CLASSES
-from reporting import figures, metrics, report, run_folder
+from reporting import figures, metrics, pages, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_a_run_with_any_class_names_ends_well(tmp_path, capsys):
 
 
 def test_markdown_cells_stay_cells():
-    text = report.markdown(["a|b"], [["x\ny"], ["p||q"]])
+    text = pages.markdown(["a|b"], [["x\ny"], ["p||q"]])
     assert text.splitlines() == ["| a\\|b |", "| --- |", "| x y |", "| p\\|\\|q |"]
 
 
@@ -82,9 +82,9 @@ def test_malignant_against_benign_only_where_all_others_are_malignant(classes, k
 
 def test_facts_of_the_all_set_stay_with_the_all_set(run):
     ours = json.loads((run / "run.json").read_text())
-    assert not report.is_all_set(ours)
-    assert report.is_all_set(ours | {"classes": list(CLASSES), "images": 3256})
-    assert not report.is_all_set(ours | {"classes": list(CLASSES), "images": 3000})
+    assert not pages.is_all_set(ours)
+    assert pages.is_all_set(ours | {"classes": list(CLASSES), "images": 3256})
+    assert not pages.is_all_set(ours | {"classes": list(CLASSES), "images": 3000})
     page = (run / "report.md").read_text()
     assert "89 patients" not in page and "public ALL set" not in page
 
@@ -107,7 +107,7 @@ def test_two_at_once_never_take_one_name(tmp_path):
 
     def take():
         gate.wait()
-        with run_folder.reserved(None, tmp_path / "predicted.csv", ".json") as path:
+        with predict.reserved(None, tmp_path / "predicted.csv", ".json") as path:
             taken.append(path.name)
             path.write_text("x")
     threads = [threading.Thread(target=take) for _ in range(8)]
@@ -120,7 +120,7 @@ def test_two_at_once_never_take_one_name(tmp_path):
 
 def test_a_name_is_free_again_when_the_work_fails(tmp_path):
     with (pytest.raises(KeyboardInterrupt),
-          run_folder.reserved(None, tmp_path / "a.csv", ".json") as path):
+          predict.reserved(None, tmp_path / "a.csv", ".json") as path):
         assert path.exists()
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())

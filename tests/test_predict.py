@@ -18,7 +18,7 @@ import data
 import models
 import predict
 import train_central
-from reporting import inference, metrics, run_folder
+from reporting import finished, inference, metrics
 
 CPU = torch.device("cpu")
 
@@ -219,7 +219,7 @@ def test_unreadable_files_are_told_at_the_end_and_the_rest_is_done(run, tree, tm
 
 
 def test_temperature_is_fitted_once_on_validation_and_kept(run, tree, tmp_path):
-    val = run_folder.read_predictions(run, "val")
+    val = finished.read_predictions(run, "val")
     assert len(val.paths) == 7
     predict.main([str(run), str(tree), "--calibrate", "--exact", "--out", str(tmp_path / "a.csv")])
     kept = json.loads((run / "temperature.json").read_text())

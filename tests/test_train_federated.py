@@ -13,6 +13,7 @@ import data
 import fedavg
 import models
 import train_federated
+from dataset import parts
 from reporting import metrics, run_folder
 from training import evaluation
 
@@ -185,7 +186,7 @@ def test_bn_local_measures_each_client_on_its_own_share(tree, tmp_path):
     resumed = tmp_path / "local2"
     train(tree, resumed, "--bn", "local", "--partition", "dirichlet", "--clients", 3, "--alpha", 1)
     assert same_run(out, resumed)
-    assert "| 2 | " in (out / "report.md").read_text().split("own BatchNorm")[1]
+    assert "| client 2 | " in (out / "report.md").read_text().split("own BatchNorm")[1]
 
 
 def test_each_client_is_measured_with_its_own_batchnorm():
@@ -272,8 +273,10 @@ def test_demonstration_defaults_yield_to_flags(tmp_path):
             real.clip, real.plateau, real.early_stop, real.split_seed, real.label_smoothing,
             real.mu, real.fraction, real.expand, real.augment, real.split, real.partition,
             real.bn, real.class_weights, real.sampler) == (
-        4, 10, 5, "adamw", 1e-4, 1.0, 5, 10, 42, 0.0, 0.0, 1.0, 1, "paper", "random", "iid",
+        None, 10, 5, "adamw", 1e-4, 1.0, 5, 10, 42, 0.0, 0.0, 1.0, 1, "paper", None, None,
         "average", "inverse", "shuffle")
+    parts.settle(real, toy_images(20))  # what is not given follows from the images
+    assert (real.clients, real.split, real.partition) == (4, "random", "iid")
 
 
 def test_numbered_folders_by_default(tree, tmp_path, monkeypatch):

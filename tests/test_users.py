@@ -20,7 +20,7 @@ import explain
 import train_central
 import train_federated
 from dataset import splits
-from reporting import baselines, run_folder
+from reporting import baselines, finished, run_folder
 
 QUICK = ["--per-class", "1", "--samples", "20", "--steps", "2", "--lime-seeds", "2"]
 
@@ -34,7 +34,7 @@ def moved(tmp_path, monkeypatch):
     write_tree(tmp_path / "here", {"Benign": 22, "Early": 26}, size=32)
     out = train("here", tmp_path / "run", "--rounds", 1, "--image-size", 32)
     monkeypatch.chdir("/")  # another working directory does not matter
-    assert run_folder.load_images(out)[1].paths
+    assert finished.load_images(out)[1].paths
     (tmp_path / "here").rename(tmp_path / "there")
     return out, str(tmp_path / "there")
 

@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 import data
 import models
 from dataset import interventions, splits
-from reporting import metrics, report, run_folder
+from reporting import run_folder, tables
 
 
 @torch.no_grad()
@@ -53,15 +53,6 @@ class Evaluation:
         losses = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
         return [len(labels), int((logits.argmax(1) == labels).sum()), float(losses.sum())]
 
-    def measure(self, part: str, logits: np.ndarray) -> dict:
-        """Metrics of the whole part, and of each client on its share where there are shares."""
-        labels, classes = self.images.labels.numpy()[self.split[part]], self.images.classes
-        m = metrics.measure(logits, labels, classes)
-        if self.shares:
-            rows = [np.searchsorted(self.split[part], share) for share in self.shares[part]]
-            m["clients"] = [metrics.measure(logits[r], labels[r], classes) if len(r) else None
-                            for r in rows]
-        return m
 
 
 # ---- selection, schedule, stopping: functions of the history ------------------------------------
@@ -140,20 +131,21 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, check
            clients: list[np.ndarray] | None = None) -> dict:
     """After training: measure the test part, for the first time; write predictions, results and the
     report. The best model is read from model.pt. Returns what results.json holds."""
+    from reporting import report  # here: what it needs would only delay the first round
     images, split = evaluation.images, evaluation.split
     best = models.read_file(folder / "model.pt")
     history, unit = checkpoint["history"], unit_of(checkpoint)
     results = {"data": images.name, "synthetic": args.data is None,
-               "fingerprint": images.fingerprint(), "model": args.model, **budget(history)}
+               "fingerprint": images.fingerprint(), "model": args.model}
     logits = {}
     for name, source in (("last", checkpoint), ("best", best)):
-        if name == "last" or best[unit] != checkpoint[unit]:
-            logits = {part: evaluation.logits(part, source["state"], source["local_bn"])
-                      for part in ("val", "test") if len(split[part])}
-            measured = {"val": None, **{p: evaluation.measure(p, x) for p, x in logits.items()}}
-        results[name] = {unit: source[unit], **measured}
-    run_folder.write_predictions(folder, images, split, logits)
-    return report.write_run(folder, results, history, images, split, logits["test"], clients)
+        results[name] = {unit: source[unit]}
+        logits[name] = logits["last"] if name == "best" and best[unit] == checkpoint[unit] else {
+            part: evaluation.logits(part, source["state"], source["local_bn"])
+            for part in ("val", "test") if len(split[part])}
+    tables.write_predictions(folder, images, split, logits["best"])
+    return report.write_run(folder, results, history, images, split, evaluation.shares, logits,
+                            clients)
 
 
 def finish_job(job, folder: Path | None, args: argparse.Namespace, evaluation: Evaluation,
@@ -162,6 +154,7 @@ def finish_job(job, folder: Path | None, args: argparse.Namespace, evaluation: E
     The server finishes the run. Hospitals with images of their own each finish a run of their own
     on their own test part, and the server pools what they may tell: confusion matrices and losses.
     """
+    from reporting import report
     if not job.sites:
         if folder is not None:
             report.print_summary(folder, finish(folder, args, evaluation, checkpoint, clients))
@@ -172,27 +165,11 @@ def finish_job(job, folder: Path | None, args: argparse.Namespace, evaluation: E
     models.save(bundle(args, evaluation.model, evaluation.images.classes,
                        checkpoint | {"round": best, "state": state}), job.folder / "model.pt")
     own = finish(job.folder, args, evaluation, checkpoint)
-    pooled = {key: own[key] for key in ("synthetic", "fingerprint", "model")} | {
-        "data": ", ".join(job.sites), "sites": job.sites, "colour_only": [],
-        **budget(checkpoint["history"])}
-    for which in ("last", "best"):
-        pooled[which] = {"round": own[which]["round"]} | {
-            part: pool_sites(job, own[which][part], evaluation.images.classes)
-            for part in ("val", "test")}
+    told = {which: {part: job.exchange("confusion", [own[which][part][key] for key in
+                                                     ("confusion", "n", "loss")])
+                    for part in ("val", "test")} for which in ("last", "best")}
     if folder is not None:
-        report.write_sites(folder, pooled, checkpoint["history"], evaluation.images.classes)
-
-
-def pool_sites(job, own: dict, classes: list[str]) -> dict:
-    """Figures of a part over all hospitals, and of each under "clients", at every process."""
-    told = job.exchange("confusion", [own["confusion"], own["n"], own["loss"]])
-    tables = [np.array(confusion) for confusion, _, _ in told]
-    losses = [np.nan if loss is None else loss * n for _, n, loss in told]
-    return metrics.measure_counts(sum(tables), sum(losses), classes) | {"clients": [
-        metrics.measure_counts(c, x, classes) for c, x in zip(tables, losses, strict=True)]}
-
-
-def budget(records: list[dict]) -> dict:
-    """What training cost, over rounds, epochs or whole runs."""
-    names = ("images", "images_seen"), ("steps", "optimizer_steps"), ("seconds", "seconds")
-    return {name: sum(r.get(key, r.get(name)) for r in records) for key, name in names}
+        pooled = {key: own[key] for key in report.NETWORK} | {"data": ", ".join(job.sites),
+                                                                "sites": job.sites} | {
+            which: {"round": own[which]["round"]} for which in told}
+        report.write_sites(folder, pooled, told, checkpoint["history"], evaluation.images.classes)

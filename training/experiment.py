@@ -15,8 +15,8 @@ import torch
 import data
 import fedavg
 import models
-from dataset import splits
-from reporting import run_folder
+from dataset import parts, splits
+from reporting import run_folder, tables
 from training.processes import Job
 from training.recipe import make_recipe
 
@@ -45,15 +45,16 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
     device = models.pick_device(name)
     recipe = make_recipe(args, device)
     images = data.load(args)
+    parts.settle(args, images)
     folds = getattr(args, "folds", 1)
-    several = ({"": data.make_split(args, images)} if folds == 1 else
-               {f"fold{k}": fold for k, fold in enumerate(data.make_folds(args, images), 1)})
+    several = ({"": parts.make_split(args, images)} if folds == 1 else
+               {f"fold{k}": fold for k, fold in enumerate(parts.make_folds(args, images), 1)})
     clients = []
     if job.folder is not None:  # a hospital with images of its own knows no others
         own, nothing = several[""]["train"], several[""]["train"][:0]
         clients = [own if k == job.rank else nothing for k in range(job.world)]
     elif "clients" in args:
-        clients = data.make_clients(args, images, several[""])
+        clients = parts.make_clients(args, images, several[""])
     model = models.build(args.model, len(images.classes), args.weights, args.seed, images.classes)
     models.check_size(model, args.image_size, args.batch_size)
     models.freeze(model, args.train_from, batchnorm=args.bn == "freeze")
@@ -79,7 +80,7 @@ def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experime
         for place, whole in ((job.folder.parent, None), (job.folder, job.folder.parent.name)):
             if not (place / "run.json").exists():
                 run_folder.write_run(place, args, "federated", run.images, run.device, whole)
-        run_folder.write_split(job.folder, run.images, split, run.clients)
+        tables.write_split(job.folder, run.images, split, run.clients)
     if folder is not None:
         checkpoint = run_folder.start_or_resume(folder, run.images, split, run.clients, checkpoint)
     run.images.pixels = run.images.pixels.to(run.device)

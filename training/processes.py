@@ -94,6 +94,7 @@ class Job:
                  f"{len(args.site_data)} folder(s) for {local} process(es) of this machine"),
                 (not folder or name in ("", ".", "..") or "/" in name, "must be NAME=DIR"),
                 (not (args.out or args.resume), "needs --out, where every site writes a folder"),
+                (args.table, "a --table belongs to --data, not to the folders of hospitals"),
                 (args.bn == "local", "the server would keep a state of every site with --bn local"),
                 (self.folder.exists() and not (args.resume or provenance.restarts()),
                  f"--out: {self.folder} exists already")):

@@ -1,0 +1,143 @@
+"""Which images train, validate and test, and which client owns which: what flags and table say."""
+
+from checks import InputError, integer, number, warn
+
+import argparse
+from collections import Counter
+
+import numpy as np
+
+from dataset import splits
+from dataset.images import UNITS, Images
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the split."""
+    add = parser.add_argument_group("split").add_argument
+    add("--split", choices=(*splits.SPLITS, "given"), help="default: given where table or folders "
+        "give one, grouped where patients or groups are known, else random 80/10/10 (stratified "
+        "folds); grouped without a table: identical images stay together")
+    add("--split-seed", type=integer(0), default=42, help="seed of split and partition")
+
+
+def add_client_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that deal the training part to clients."""
+    add = parser.add_argument_group("clients").add_argument
+    add("--clients", type=integer(1), help="number of hospitals (default 4, or as the table says)")
+    add("--partition", choices=(*splits.PARTITIONS, "given"),
+        help="default: given where the table has a column client, else iid, equal sizes")
+    add("--alpha", type=number(0, open_low=True), default=0.3, help="of the Dirichlet partitions")
+    add("--classes-per-client", type=integer(1), default=2, help="of --partition shards")
+
+
+def settle(args: argparse.Namespace, images: Images) -> None:
+    """Decide what --split, --partition and --clients are where they were not given: a column of
+    the table (or a tree that is split already) is used unless a flag says otherwise, and one line
+    says what is. Changes `args`; columns that are not used leave `images.known`."""
+    known, folds = images.known, getattr(args, "folds", 1)
+    grouped = any(unit in known for unit in UNITS)
+    args.split = args.split or ("given" if "split" in known and folds == 1 else
+                                "grouped" if grouped else
+                                "random" if folds == 1 else "stratified")
+    use = {"split": args.split == "given"}
+    if "clients" in args:
+        args.partition = args.partition or ("given" if "client" in known else "iid")
+        use["client"] = args.partition == "given"
+    for column, flag in (("split", "--split"), ("client", "--partition")):
+        if use.get(column) and column not in known:
+            raise InputError(f"{flag} given: neither table nor folders have a column {column}")
+    said = [f"{column} {'used' if use.get(column, column in UNITS) else 'not used'}"
+            for column in known]
+    if said:
+        print(f"given with the images: {', '.join(said)}; --split {args.split}"
+              + (f", --partition {args.partition}" if "clients" in args else ""))
+    for column in ("split", "client"):
+        if not use.get(column):
+            known.pop(column, None)
+    if "clients" in args:
+        count = len(set(known.get("client", [""] * 4)) - {""}) or 4
+        if args.partition == "given" and args.clients not in (None, count):
+            raise InputError(f"--clients {args.clients}: the column client has {count}")
+        args.clients = args.clients or count
+
+
+def make_split(args: argparse.Namespace, images: Images) -> splits.Split:
+    """The split that the flags describe; prints test images with an identical twin in training."""
+    labels = images.labels.numpy()
+    if args.split == "given":
+        split = splits.given(images.known["split"], labels, args.split_seed, groups_of(images))
+    else:
+        split = splits.make_split(args.split, labels, args.split_seed, paths=images.paths,
+                                  groups=groups_of(images) or images.digests)
+    if np.isin(split["val"], split["test"]).any():
+        warn(f"WARNING: --split {args.split} selects the model on its own test part (the paper's "
+             "Table 1): its test figures are optimistic")
+    _check_parts(args, images, [split])
+    return split
+
+
+def make_folds(args: argparse.Namespace, images: Images) -> list[splits.Split]:
+    """The --folds splits of k-fold cross-validation, checked and described like `make_split`."""
+    folds = splits.make_folds(args.split, images.labels.numpy(), args.folds, args.split_seed,
+                              inner_val=args.inner_val, paths=images.paths,
+                              groups=groups_of(images) or images.digests)
+    _check_parts(args, images, folds)
+    return folds
+
+
+def groups_of(images: Images) -> list[int] | None:
+    """What may not be cut: images of one patient, or of one group, stay together."""
+    units = list(images.units(np.arange(len(images.paths))).values())
+    return splits.joined(units).tolist() if units else None
+
+
+def _check_parts(args: argparse.Namespace, images: Images, several: list[splits.Split]) -> None:
+    """Raise InputError where a training part lacks a class. Print how many images have a twin, and
+    warn of patients on both sides."""
+    labels, twins, sizes = images.labels.numpy(), Counter(), Counter()
+    for split in several:
+        absent = set(labels.tolist()) - set(labels[split["train"]].tolist())
+        if absent:
+            raise InputError(f"class {images.classes[min(absent)]} is too small for the "
+                             f"{args.split} split: the training part has none of it")
+        for part in ("val", "test"):
+            twins[part] += splits.count_twins(images.digests, split[part], split["train"])
+            sizes[part] += len(split[part])
+    copies = len(images.digests) - len(set(images.digests))
+    print(f"identical images: {copies} copies of another; with a twin in training: "
+          f"{twins['val']} of {sizes['val']} validation, "
+          f"{twins['test']} of {sizes['test']} test images")
+    for line in both_sides(images, several):
+        warn(f"WARNING: {line}")
+
+
+def both_sides(images: Images, several: list[splits.Split]) -> list[str]:
+    """A sentence for patients, and for groups, with images in training and in the test part of the
+    same split. None where there are none, or where they are not known."""
+    lines = []
+    for unit, numbers in images.units(np.arange(len(images.paths))).items():
+        shared = sum(len(np.intersect1d(numbers[s["train"]], numbers[s["test"]])) for s in several)
+        if shared:
+            lines.append(f"{shared} {unit}(s) have images in the training part and in the test part"
+                         f", so that the test figures are not those of new {unit}s")
+    return lines
+
+
+def make_clients(args: argparse.Namespace, images: Images, split: splits.Split) -> list[np.ndarray]:
+    """The training part dealt to the clients that the flags describe."""
+    if args.partition == "given":
+        return list(splits.owned(images.known["client"], split).values())
+    return splits.partition(args.partition, images.labels.numpy(), split["train"], args.clients,
+                            args.split_seed, alpha=args.alpha,
+                            classes_per_client=args.classes_per_client)
+
+
+def deal_part(args: argparse.Namespace, images: Images, part: np.ndarray,
+              clients: list[np.ndarray]) -> list[np.ndarray]:
+    """Validation or test images as shares of the clients: those that the table gives to one go to
+    it, and the others are dealt so that each share mirrors its client's training classes."""
+    names = images.known.get("client")
+    given = np.array([""] * len(part)) if names is None else names[part]
+    dealt = splits.deal_like(images.labels.numpy(), part[given == ""], clients, args.split_seed)
+    return [np.sort(np.concatenate([share, part[given == name]])) for share, name in
+            zip(dealt, images.client_names(clients), strict=True)]

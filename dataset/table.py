@@ -1,0 +1,180 @@
+"""A table beside the images: one CSV row an image says what its folder does not.
+
+    path,label,patient,split,client
+    scans/0001.png,Pro,P17,train,NORTH
+
+`path` is needed; `label`, `patient`, `group`, `split` and `client` are used where they are there.
+A column with another heading is named by --columns path=imagename patient=patientid.
+"""
+
+from checks import InputError, warn
+
+import argparse
+import csv
+import io
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.files import PARTS, Found, class_names
+from dataset.images import UNITS
+
+COLUMNS = ("path", "label", "patient", "group", "split", "client")
+WORDS = PARTS | {"dropped": "dropped", "val+test": "val+test"}  # and those of split.csv
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a table by their path; every row has the values of the same columns."""
+    name: str  # --table and the file, for messages
+    columns: tuple[str, ...]  # of COLUMNS, those that it has
+    rows: dict[str, dict[str, str]]
+
+    def wrong(self, what: str, which: list[str]) -> InputError:
+        """The error for all of these paths: their number, and the first three."""
+        return InputError(f"{self.name}: {len(which)} {what}: {', '.join(which[:3])}"
+                          + (", ..." if len(which) > 3 else ""))
+
+
+def add_arguments(add) -> None:
+    """The flags of a table, for a parser or a group of one. add: its `add_argument`."""
+    add("--table", metavar="CSV", help="a row an image: path, and any of label, patient, group, "
+        "split, client")
+    add("--columns", nargs="+", metavar="NAME=HEADING", help="other headings of these columns, "
+        "such as path=imagename")
+    add("--skip-unlisted", action="store_true", help="leave out images that the table does not "
+        "name")
+
+
+def chosen(args: argparse.Namespace) -> Table | None:
+    """The table that the flags name, or None."""
+    if args.table is None and (args.columns or args.skip_unlisted):
+        raise InputError("--columns and --skip-unlisted belong to --table")
+    return None if args.table is None else read(args.table, args.columns)
+
+
+def read(path: str, headings: list[str] | None = None) -> Table:
+    """The table of a CSV file: UTF-8, separated by commas, semicolons or tabs, as its header is.
+    headings: NAME=HEADING for columns that are called otherwise there. Raises InputError for a
+    file that is no such table, and for rows that contradict each other or cannot be understood."""
+    name = f"--table {path}"
+    text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
+    try:
+        readings = [[row for row in csv.reader(io.StringIO(text, newline=""), delimiter=d) if row]
+                    for d in ",;\t"]
+    except csv.Error as error:
+        raise InputError(f"{name}: not a CSV file ({error})") from None
+    lines = max(readings, key=lambda rows: len(rows[0]) if rows else 0)
+    header = [heading.strip() for heading in lines[0]] if lines else []
+    places = _find_columns(name, header, headings or [])
+    table = Table(name, tuple(places), {})
+    twice, unknown = [], []
+    for number, line in enumerate(lines[1:], 2):
+        if len(line) != len(header):
+            raise InputError(f"{name}: row {number} has {len(line)} fields, the header has "
+                             f"{len(header)}")
+        row = {column: line[i].strip() for column, i in places.items()}
+        key = line[places["path"]]
+        if re.fullmatch(r"fold\d+", row.get("split", "")):
+            raise InputError(f"{name}: the folds of a cross-validation, no single split; name one "
+                             f"of them: {Path(path).parent / row['split'] / 'split.csv'}")
+        if "split" in row:
+            unknown += [f"{key} ({row['split']!r})"] if row["split"].lower() not in WORDS else []
+            row["split"] = WORDS.get(row["split"].lower())
+        twice += [key] if key in table.rows else []
+        table.rows[key] = row
+    if twice:
+        raise table.wrong("path(s) are named twice", twice)
+    if unknown:
+        raise table.wrong("row(s) with an unknown split, not train, val or test", unknown)
+    if not table.rows:
+        raise InputError(f"{name}: no row under the header")
+    if other := [h for i, h in enumerate(header) if i not in places.values()]:
+        warn(f"note: {name}: columns that are not used: {', '.join(other)}")
+    return table
+
+
+def _find_columns(name: str, header: list[str], headings: list[str]) -> dict[str, int]:
+    """Column → its place in the header."""
+    wanted = {column: column for column in COLUMNS}
+    for item in headings:
+        column, _, heading = item.partition("=")
+        if column not in COLUMNS or not heading:
+            raise InputError(f"--columns {item}: must be NAME=HEADING, NAME one of "
+                             f"{', '.join(COLUMNS)}")
+        if heading not in header:
+            raise InputError(f"--columns {item}: {name} has the headings {', '.join(header)}")
+        wanted[column] = heading
+    if wanted["path"] not in header:
+        raise InputError(f"{name}: no column path; its headings are {', '.join(header)} "
+                         "(--columns path=HEADING says which one it is)")
+    if several := [h for h in wanted.values() if header.count(h) > 1]:
+        raise InputError(f"{name}: the heading {several[0]} stands there twice")
+    return {column: header.index(h) for column, h in wanted.items() if h in header}
+
+
+def match(table: Table, files: list[Path], places: list[Path]) -> list[int]:
+    """The number of the file that each row names, in the order of the rows. A path is tried in each
+    of the folders `places`; then as a file's name without folder, then without suffix, where
+    exactly one file fits. Raises InputError for rows that fit none or several, or one file."""
+    whole = {str(file): i for i, file in enumerate(files)}
+    by_name, by_stem = defaultdict(list), defaultdict(list)
+    for i, file in enumerate(files):
+        by_name[file.name].append(i)
+        by_stem[file.stem].append(i)
+    found, none, several = [], [], []
+    for path in table.rows:
+        variants = path, path.replace("\\", "/")
+        last = variants[1].rsplit("/", 1)[-1]
+        exact = [whole[p] for p in (str(place / v) for v in variants for place in places)
+                 if p in whole]
+        fits = (exact[:1] or by_name.get(last) or by_stem.get(last)
+                or by_stem.get(Path(last).stem) or [])
+        found += fits[:1]
+        none += [path] if not fits else []
+        several += [f"{path} ({len(fits)} files)"] if len(fits) > 1 else []
+    if none:
+        raise table.wrong(f"path(s) are no image under {places[-1]}", none)
+    if several:
+        raise table.wrong("path(s) are no file, and as names fit several", several)
+    if twice := [str(files[i]) for i, count in Counter(found).items() if count > 1]:
+        raise table.wrong("file(s) are named by several rows", twice)
+    return found
+
+
+def apply(table: Table, found: Found, skip_unlisted: bool, classes: list[str] | None) -> Found:
+    """The images that the table names, with what it says of them, in the order of `found`.
+    classes: the class list of a federation. Raises InputError for images that it does not name,
+    unless they are skipped, and where it leaves one class only."""
+    numbers = match(table, found.files, [found.base, *found.above])
+    rows = dict(zip(numbers, table.rows.values(), strict=True))
+    base = found.base
+    inner = found.inner
+    if inner is not None and all(found.files[i].is_relative_to(inner) for i in rows):
+        base = inner  # the folder that holds the class folders, as without a table
+    inside = [i for i, file in enumerate(found.files) if file.is_relative_to(base)]
+    unlisted = [found.files[i].relative_to(base).as_posix() for i in inside if i not in rows]
+    if unlisted and not skip_unlisted:
+        raise table.wrong("image(s) are not in it (--skip-unlisted goes on without)", unlisted)
+    labels = {i: row["label"] for i, row in rows.items()} if "label" in table.columns else {
+        i: found.labels[i] for i in rows}
+    keep = [i for i in inside if labels.get(i)]
+    left = {"not in it": len(unlisted), "without a label": len(rows) - len(keep)}
+    for why, count in left.items():
+        if count:
+            warn(f"note: {table.name}: {count} image(s) {why} are left out")
+    if "label" in table.columns:
+        names = class_names(sorted({labels[i] for i in keep}), classes, table.name)
+        labels = {i: names[labels[i]] for i in keep}
+    known = {c: [values[i] for i in keep] for c, values in found.known.items()} | {
+        c: [rows[i][c] for i in keep] for c in table.columns if c not in ("path", "label")}
+    for unit in UNITS:
+        both = defaultdict(set)
+        for i, value in zip(keep, known.get(unit, keep), strict=True):
+            both[value].add(labels[i])
+        if mixed := [str(v) for v, several in both.items() if v != "" and len(several) > 1]:
+            warn(f"note: {table.name}: {len(mixed)} {unit}(s) with images of several classes, "
+                 f"such as {mixed[0]}")
+    return Found(base, [found.files[i] for i in keep], [labels[i] for i in keep], known,
+                 found.ignored)

@@ -1,0 +1,70 @@
+"""What a finished run left, read back: its predictions, and its images."""
+
+from checks import InputError
+
+import argparse
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import load
+from dataset.images import UNITS, Images
+from reporting.run_folder import check_images, read_run
+from reporting.tables import CSV
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Rows of a `predictions.csv`, in the order of their paths."""
+    paths: list[str]
+    labels: np.ndarray  # int64 [n]
+    logits: np.ndarray  # float64 [n, C], the logarithms of the probabilities written
+    classes: list[str]
+
+
+def read_predictions(folder: Path, part: str = "test") -> Predictions:
+    """Test images (all out-of-fold ones of a k-fold run), or those of `val`, as
+    `write_predictions` wrote them. Raises InputError where there are none."""
+    try:
+        with open(folder / "predictions.csv", **CSV) as file:
+            header, *rows = csv.reader(file)
+        classes = [name.removeprefix("p_") for name in header[4:]]
+        rows = sorted(row for row in rows if part in row[2].split("+")
+                      or (part == "test" and row[2].startswith("fold")))
+        p = np.array([row[4:] for row in rows], dtype=np.float64).reshape(len(rows), len(classes))
+        labels = np.array([classes.index(row[1]) for row in rows], dtype=np.int64)
+    except FileNotFoundError:
+        raise InputError(f"{folder}: has no predictions.csv; is the run complete?") from None
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{folder}/predictions.csv: damaged ({error})") from None
+    if not rows:
+        raise InputError(f"{folder}/predictions.csv: no {part} image in it")
+    return Predictions([row[0] for row in rows], labels, np.log(np.maximum(p, 1e-45)), classes)
+
+
+def read_units(folder: Path, paths: list[str]) -> tuple[str, np.ndarray] | None:
+    """("patient", their names, str [n]) of these images where the run knew them, else of its
+    groups; None where it knew neither."""
+    try:
+        with open(folder / "split.csv", **CSV) as file:
+            rows = {row["path"]: row for row in csv.DictReader(file)}
+    except FileNotFoundError:
+        return None
+    return next(((unit, np.array([rows[path][unit] for path in paths])) for unit in UNITS
+                 if rows and all(rows.get(path, {}).get(unit) is not None for path in paths)), None)
+
+
+def load_images(folder: Path, place: str | None = None) -> tuple[dict, Images]:
+    """run.json of a run, and the images that it was made with, read again. place: the folder where
+    they are now, if they were moved."""
+    arguments = read_run(folder)["arguments"]
+    moved = {"data": place} if place else {}
+    if arguments["table"] and (folder / "split.csv").exists():  # it says all that the table said
+        moved |= {"table": str(folder / "split.csv"), "columns": None, "skip_unlisted": True}
+    try:
+        images = load(argparse.Namespace(**arguments | moved))
+    except InputError as error:
+        raise InputError(f"{error} (images that were moved: --data DIR)") from None
+    return check_images(folder, images), images

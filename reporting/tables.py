@@ -1,0 +1,77 @@
+"""The tables of a run folder: split.csv, written and read back, and predictions.csv, written."""
+
+from checks import InputError
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+from scipy.special import softmax
+
+from dataset.images import UNITS, Images
+from dataset.splits import Split, by_name
+from models import write_whole
+
+CSV = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # any name on any disk
+
+
+def write_csv(path: Path, rows: list[list]) -> None:
+    """Write a header and rows as CSV, the whole of it or nothing."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    text = buffer.getvalue().encode("utf-8", "surrogateescape")
+    write_whole(path, lambda file: file.write(text))
+
+
+def part_names(split: Split, n: int) -> list[str]:
+    """Part of each image: train, val, test, val+test (stratified80) or dropped (blocked)."""
+    names = ["dropped"] * n
+    for part, indices in split.items():
+        for i in indices:
+            names[i] = part if names[i] == "dropped" else f"{names[i]}+{part}"
+    return names
+
+
+def write_split(folder: Path, images: Images, split: Split, clients: list[np.ndarray]) -> None:
+    """split.csv, a table for --table: path, label, split, client (of training images, and of others
+    that a table gives to one), and patient and group where they are known."""
+    n = len(images.paths)
+    owner = {int(i): name for name, own in zip(images.client_names(clients), clients, strict=True)
+             for i in own}
+    given = images.known.get("client", [""] * n)
+    columns = {"path": images.paths, "label": [images.classes[y] for y in images.labels.tolist()],
+               "split": part_names(split, n), "client": [owner.get(i, given[i]) for i in range(n)],
+               **{unit: images.known[unit] for unit in UNITS if unit in images.known}}
+    write_csv(folder / "split.csv", [list(columns), *zip(*columns.values(), strict=True)])
+
+
+def read_split(folder: Path, images: Images) -> tuple[Split, list[np.ndarray], list[str]]:
+    """The split and the clients of a run with their names, as its split.csv has them. InputError
+    for none."""
+    try:
+        with open(folder / "split.csv", **CSV) as file:
+            rows = {row["path"]: row for row in csv.DictReader(file)}
+    except FileNotFoundError:
+        raise InputError(f"{folder}: not a run of one network, it has no split.csv") from None
+    parts = [rows[path]["split"].split("+") for path in images.paths]
+    owners = np.array([rows[path]["client"] for path in images.paths])
+    split = {name: np.flatnonzero([name in part for part in parts])
+             for name in ("train", "val", "test")}
+    names = sorted(set(owners[split["train"]].tolist()) - {""}, key=by_name)
+    return split, [np.intersect1d(split["train"], np.flatnonzero(owners == name))
+                   for name in names], names
+
+
+def write_predictions(folder: Path, images: Images, split: Split, logits: dict) -> None:
+    """predictions.csv of the best model. logits: part → float32 [n, C] in the order of the part."""
+    names = part_names(split, len(images.paths))
+    rows, done = [], set()
+    for part, values in logits.items():
+        for i, p in zip(split[part], softmax(values.astype(np.float32), axis=1), strict=True):
+            if i not in done:
+                done.add(i)
+                rows.append([images.paths[i], images.classes[images.labels[i]], names[i],
+                             images.classes[p.argmax()], *(f"{x:.9g}" for x in p)])
+    header = ["path", "label", "split", "prediction", *(f"p_{c}" for c in images.classes)]
+    write_csv(folder / "predictions.csv", [header, *rows])
