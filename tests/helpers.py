@@ -163,7 +163,8 @@ class Process:
         code = self.process.exitcode  # None: it hung
         self.process.kill()
         with self.folder:
-            return subprocess.CompletedProcess([], code, *(f.read_text() for f in self.output))
+            return subprocess.CompletedProcess([], code, *(
+                f.read_text(errors="replace") for f in self.output))
 
 
 def _run(program, arguments, output, env, cwd, threads):
@@ -193,6 +194,14 @@ def ranks(count, arguments, users=None, program=ROOT / "train_federated.py", tog
         "MASTER_PORT": str(port), "HOME": "/nonexistent",
         "SITE_USER": str(users[rank]) if users else ""}) for rank in range(count)]
     return [job.wait() for job in jobs]
+
+
+TORCHRUN = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
+
+
+def torchrun(count, *arguments):
+    """Begin a job under torchrun. Torchrun itself is forked; what it starts are commands."""
+    return Process(TORCHRUN, ["--nproc-per-node", count, *arguments], env={"OMP_NUM_THREADS": "1"})
 
 
 def train(tree, out, *arguments):

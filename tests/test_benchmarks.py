@@ -6,10 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import Process, ranks
+from helpers import Process, ranks, torchrun
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-HERE = FOLDER.parent, FOLDER.with_name("tests")
 
 
 def test_throughput_prints_one_json_object_last(capsys, monkeypatch):
@@ -38,20 +37,18 @@ def test_latency_prints_one_json_object_last(capsys, monkeypatch):
 
 def test_scaling_prints_one_json_object_last_and_draws(capsys, monkeypatch, tmp_path):
     """Only the first job under torchrun is a command, the other runs are forked."""
-    commands, run = [], subprocess.run
+    commands = []
 
-    def launched(command, env, **options):
+    def launched(command, env, **_):
         under_torchrun, place = "torch.distributed.run" in command, command.index("--work")
         program, given = Path(command[place - 1]), command[place:]
         if under_torchrun and not commands:
-            knows_toynet = tmp_path / "scaling.py"
-            knows_toynet.write_text(f"import runpy, sys\nsys.path[:0] = {[*map(str, HERE)]}\n"
-                                    f"import helpers\nrunpy.run_path({str(program)!r}, "
-                                    "run_name='__main__')\n")
-            commands.append([*command[:place - 1], str(knows_toynet), *given])
-            return run(commands[0], env=env, **options)
-        done = (ranks(2, [given] * 2, program=program) if under_torchrun else
-                [Process(program, given, threads=int(env["OMP_NUM_THREADS"])).wait()])
+            commands.append(command)
+            assert command[1:place - 1] == ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+            done = [torchrun(2, FOLDER.with_name("tests") / "toy.py", program, *given).wait()]
+        else:
+            done = (ranks(2, [given] * 2, program=program) if under_torchrun else
+                    [Process(program, given, threads=int(env["OMP_NUM_THREADS"])).wait()])
         assert [d.returncode for d in done] == [0] * len(done), done
         return done
     monkeypatch.setattr(subprocess, "run", launched)

@@ -11,25 +11,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import BASE, ROOT, Process, equal, ranks, same_run, script, write_tree
+from helpers import (
+    BASE,
+    ROOT,
+    Process,
+    equal,
+    ranks,
+    same_run,
+    script,
+    torchrun,
+    write_tree,
+)
 
 import models
 import train_federated
 from reporting import provenance
 from training.processes import Job
 
-ONE = {"OMP_NUM_THREADS": "1"}
-TORCHRUN = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
 SCRIPT = ROOT / "train_federated.py"
 CODE = [p.relative_to(ROOT).as_posix() for room in ("", *provenance.ROOMS)
         for p in sorted((ROOT / room).glob("*.py"))]
 CHANGED = {Path(name).parent: name for name in CODE}.values()  # one file at the top and a room
 SITE = [x for x in BASE if x not in ("--rounds", "3")] + ["--rounds", "2"]
-
-
-def torchrun(count, *arguments, program, launch=()):
-    """Begin a job under torchrun. Torchrun itself is forked; what it starts are commands."""
-    return Process(TORCHRUN, ["--nproc-per-node", count, *launch, program, *arguments], env=ONE)
 
 
 def ours(text):
@@ -173,7 +176,7 @@ def kill_round_by_round(tree, out, victims, *launch):
     program = out.parent.with_name("program") / "train_federated.py"
     program.parent.mkdir(exist_ok=True)
     program.write_text(SLOW)
-    job = torchrun(2, "--data", tree, *BASE, "--out", out, program=program, launch=launch)
+    job = torchrun(2, *launch, program, "--data", tree, *BASE, "--out", out)
     deadline, lines = time.monotonic() + 120, out / "history.jsonl"
     for rounds, rank in enumerate(victims, 1):
         while not lines.exists() or lines.read_text().count("\n") < rounds:
@@ -287,8 +290,7 @@ def test_what_every_process_refuses_is_one_line_under_torchrun(tree, tmp_path, l
                        f"time.sleep(3 * (os.environ['RANK'] == '{late}'))\n"
                        f"sys.path.insert(0, {str(ROOT)!r})\n"
                        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
-    done = torchrun(2, *BASE, "--site-data", f"A={tree}", "--out", tmp_path / "x",
-                    program=program).wait()
+    done = torchrun(2, program, *BASE, "--site-data", f"A={tree}", "--out", tmp_path / "x").wait()
     assert len(ours(done.stderr)) == 1 and "1 folder(s) for 2" in ours(done.stderr)[0], done.stderr
     assert done.returncode != 0 and not (tmp_path / "x").exists()
 
