@@ -27,6 +27,7 @@ from checks import InputError, guard, integer, make_parser, number, warn
 from dataset import interventions, splits, synthetic
 from dataset.augment import Augmentation, augment, draw_parameters
 from dataset.files import CLASSES, decode_all, find_class_folders, find_files, say_passed
+from models import write_whole
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # section 3.2.2
 SAMPLERS = ("shuffle", "balanced", "dual")
@@ -86,6 +87,16 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
 
 # ---- reading ----------------------------------------------------------------------------------
 
+def check_memory(count: int, size: int) -> None:
+    """Raise InputError where this machine cannot hold `count` images of size × size pixels."""
+    if hasattr(os, "sysconf"):  # not on Windows, where the error comes later
+        need, has = 3 * count * size**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if need > has:
+            raise InputError(
+                f"--image-size {size}: {count} images x 3 x {size}² bytes are {need / 2**30:,.0f} "
+                f"GiB of memory, and this machine has {has / 2**30:,.0f}")
+
+
 def read_folder(root: str, size: int, skip_bad: bool = False,
                 classes: list[str] | None = None) -> Images:
     """Decode every image under `root` once, in parallel, and resize it to size × size.
@@ -106,6 +117,7 @@ def read_folder(root: str, size: int, skip_bad: bool = False,
             raise InputError(f"--data: class folder {folder} has no image in it")
         files, labels, ignored = files + found, labels + [label] * len(found), ignored + passed
     paths = [path.relative_to(base).as_posix() for path in files]
+    check_memory(len(files), size)
     pixels = np.empty((len(files), size, size, 3), np.uint8)
     digests, shapes, bad, keep = [""] * len(files), Counter(), [], []
     for i, result in enumerate(tqdm(decode_all(files, size), "decoding", len(files), disable=None,
@@ -147,6 +159,7 @@ def _read(args: argparse.Namespace) -> Images:
             warn(f"--skip-bad: {len(images.bad)} unreadable image(s) left out: "
                  + ", ".join(name for name, _ in images.bad))
         return images
+    check_memory(sum(synthetic.COUNTS.values()), args.image_size)
     pixels, names, paths = synthetic.draw(args.image_size)
     digests = [hashlib.sha256(p.tobytes()).hexdigest() for p in pixels]
     shapes = Counter({(args.image_size, args.image_size, "RGB"): len(paths)})
@@ -316,7 +329,7 @@ def contact_sheet(images: Images, path: Path, columns: int = 8) -> None:
         rows.append(torch.cat(list(drawn), 2))
     sheet = (torch.cat(rows, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    write_whole(path, lambda file: Image.fromarray(sheet).save(file, "PNG"))
     print(f"contact sheet (first column as read, the rest augmented): {path}")
 
 
@@ -326,6 +339,8 @@ def main() -> None:
     add_client_arguments(parser)
     parser.add_argument("--sheet", metavar="PNG", help="default runs/data-NAME.png")
     args = parser.parse_args()
+    if args.sheet and os.path.exists(args.sheet):
+        raise InputError(f"--sheet {args.sheet}: exists already")
     args.skip_bad = True  # a description lists the unreadable ones and goes on
     images = load(args)
     describe(args, images)
