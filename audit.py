@@ -101,31 +101,32 @@ def probe_table(found: dict) -> str:
 def audit_data(args: argparse.Namespace) -> None:
     """Duplicates, shortcut probes and split seeds of a data set."""
     images = data.read_folder(args.data, args.image_size, skip_bad=True)
-    folder = run_folder.new_folder(args.out, f"runs/audit-{images.name}")
-    labels = images.labels.numpy()
-    groups, counts, near = find_groups(images)
-    features = probes.features(images)
-    several = probe_splits(images, groups)
-    rows = {probe: {name: probes.score(x, labels, parts) for name, parts in several.items()}
-            for probe, x in tqdm(features.items(), "probes", disable=None, leave=False)}
-    result = {"data": images.name, "fingerprint": images.fingerprint(), "bad_files": images.bad,
-              "duplicates": counts, "test_images_with_partner": partners(images, groups),
-              "probes": rows, "majority_class": float(np.bincount(labels).max() / len(labels)),
-              "split_seeds": seed_distribution(features["colour statistics"], labels,
-                                               args.split_seeds)}
-    run_folder.write_csv(folder / "groups.csv", [
-        ["path", "group"],
-        *([path, images.paths[g]] for path, g in zip(images.paths, groups, strict=True))])
-    figures.plot_pairs(images, near, folder / "near-duplicates.png")
-    figures.plot_interventions(images, folder / "interventions.png")
-    figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
-    figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
-    run_folder.write_json(folder / "audit.json", result)
-    report.write_page(folder, data_page(result))
+    with run_folder.made(args.out, f"runs/audit-{images.name}") as folder:
+        labels = images.labels.numpy()
+        groups, counts, near = find_groups(images)
+        features = probes.features(images)
+        several = probe_splits(images, groups)
+        rows = {probe: {name: probes.score(x, labels, parts) for name, parts in several.items()}
+                for probe, x in tqdm(features.items(), "probes", disable=None, leave=False)}
+        result = {"data": images.name, "fingerprint": images.fingerprint(), "bad_files": images.bad,
+                  "duplicates": counts, "test_images_with_partner": partners(images, groups),
+                  "probes": rows, "majority_class": float(np.bincount(labels).max() / len(labels)),
+                  "split_seeds": seed_distribution(features["colour statistics"], labels,
+                                                   args.split_seeds)}
+        run_folder.write_csv(folder / "groups.csv", [
+            ["path", "group"],
+            *([path, images.paths[g]] for path, g in zip(images.paths, groups, strict=True))])
+        run_folder.write_json(folder / "audit.json", result)
+        with report.decoration(f"{folder}/audit.json"):
+            figures.plot_pairs(images, near, folder / "near-duplicates.png")
+            figures.plot_interventions(images, folder / "interventions.png")
+            figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
+            figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
+            report.write_page(folder, data_page(result))
     print(f"{counts['identical_copies']} identical copies, {counts['near_pairs']} near pairs "
           f"({counts['near_pairs_across_classes']} across classes), {counts['groups']} groups")
     print(probe_table(rows))
-    print(f"report: {folder}/report.md")
+    report.print_place(folder)
 
 
 def data_page(result: dict) -> list[str]:
@@ -191,38 +192,41 @@ def audit_run(args: argparse.Namespace) -> None:
     """A trained network against the probes, on its own test part."""
     folder = Path(args.run)
     run, images = run_folder.load_images(folder, args.data)
+    if run["arguments"].get("bn") == "local":
+        raise InputError(f"{folder}: every client has its own BatchNorm; one network is audited")
     test = run_folder.read_predictions(folder)
     trained = inference.load(folder, models.pick_device(args.device))
     groups = (np.unique(data.read_groups(args.groups, images.paths), return_inverse=True)[1]
               if args.groups else find_groups(images)[0])
-    out = run_folder.new_folder(args.out, str(folder / "audit"))
-    split, _ = run_folder.read_split(folder, images)
-    place = {path: i for i, path in enumerate(test.paths)}
-    rows = [place[images.paths[i]] for i in split["test"]]
-    logits, labels = test.logits[rows], test.labels[rows]
-    correct = logits.argmax(1) == labels
-    alone = ~np.isin(groups[split["test"]], groups[split["train"]])
-    result = {
-        "run": folder.name, "data": images.name, "synthetic": run["synthetic"],
-        "interventions": list(trained.interventions), "n": len(labels),
-        "accuracy": metrics.wilson(int(correct.sum()), len(labels)),
-        "cluster_bootstrap": paired.cluster_bootstrap(correct, groups[split["test"]]),
-        "groups_in_test": len(np.unique(groups[split["test"]])),
-        "without_partner": metrics.wilson(int(correct[alone].sum()), int(alone.sum())),
-        "with_partner": metrics.wilson(int(correct[~alone].sum()), int((~alone).sum())),
-        "probes": against_probes(correct, images, split),
-        "under_interventions": under_interventions(trained, images.pixels[split["test"]], labels,
-                                                   correct),
-        "ece": metrics.calibration_error(softmax(logits, axis=1), labels)}
-    result["called_benign"] = []
-    if "Benign" in images.classes and set(images.classes) <= set(data.CLASSES):
-        benign = images.classes.index("Benign")
-        missed = np.flatnonzero((logits.argmax(1) == benign) & (labels != benign))
-        result["called_benign"] = [images.paths[split["test"][i]] for i in missed]
-    figures.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
-    run_folder.write_json(out / "audit.json", result)
-    report.write_page(out, run_page(result))
-    print(f"report: {out}/report.md")
+    with run_folder.made(args.out, str(folder / "audit")) as out:
+        split, _ = run_folder.read_split(folder, images)
+        place = {path: i for i, path in enumerate(test.paths)}
+        rows = [place[images.paths[i]] for i in split["test"]]
+        logits, labels = test.logits[rows], test.labels[rows]
+        correct = logits.argmax(1) == labels
+        alone = ~np.isin(groups[split["test"]], groups[split["train"]])
+        result = {
+            "run": folder.name, "data": images.name, "synthetic": run["synthetic"],
+            "interventions": list(trained.interventions), "n": len(labels),
+            "accuracy": metrics.wilson(int(correct.sum()), len(labels)),
+            "cluster_bootstrap": paired.cluster_bootstrap(correct, groups[split["test"]]),
+            "groups_in_test": len(np.unique(groups[split["test"]])),
+            "without_partner": metrics.wilson(int(correct[alone].sum()), int(alone.sum())),
+            "with_partner": metrics.wilson(int(correct[~alone].sum()), int((~alone).sum())),
+            "probes": against_probes(correct, images, split),
+            "under_interventions": under_interventions(trained, images.pixels[split["test"]],
+                                                       labels, correct),
+            "ece": metrics.calibration_error(softmax(logits, axis=1), labels)}
+        result["called_benign"] = []
+        if "Benign" in images.classes and set(images.classes) <= set(data.CLASSES):
+            benign = images.classes.index("Benign")
+            missed = np.flatnonzero((logits.argmax(1) == benign) & (labels != benign))
+            result["called_benign"] = [images.paths[split["test"][i]] for i in missed]
+        run_folder.write_json(out / "audit.json", result)
+        with report.decoration(f"{out}/audit.json"):
+            figures.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
+            report.write_page(out, run_page(result))
+    report.print_place(out)
 
 
 def run_page(result: dict) -> list[str]:
@@ -275,6 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", metavar="DIR", help="default RUN/audit, numbered if taken")
     add("--device", default="auto")
     args = parser.parse_args(argv)
+    if args.out and Path(args.out).exists():  # said before minutes of work
+        raise InputError(f"--out {args.out}: exists already")
     (audit_run if "run" in args else audit_data)(args)
 
 

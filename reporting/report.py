@@ -88,7 +88,13 @@ def print_summary(folder: Path, results: dict) -> None:
     """The table at the end of a run."""
     print_table(SUMMARY, summary_rows(results, "round" if "round" in results["best"] else "epoch"))
     print_colour(results)
-    print(f"report: {folder}/report.md")
+    print_place(folder)
+
+
+def print_place(folder: Path) -> None:
+    """Where the report stands, if it could be written."""
+    if (folder / "report.md").exists():
+        print(f"report: {folder}/report.md")
 
 
 def print_colour(results: dict) -> None:
@@ -224,13 +230,14 @@ def write_run(folder: Path, results: dict, history: list[dict], images: Images, 
 
 
 @contextmanager
-def decoration() -> Iterator[None]:
-    """Around all that only decorates a run: where it fails, one line says so and work goes on."""
+def decoration(file: str = "results.json") -> Iterator[None]:
+    """Around all that only decorates a result: where it fails, one line says so and work goes on.
+    file: where the figures stand, written before."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever a figure or a table can raise
-        warn(f"WARNING: the report is not complete ({type(error).__name__}: {error}); every figure "
-             "stands in results.json")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        warn(f"WARNING: the report is not complete ({reason}); every figure stands in {file}")
 
 
 def draw_run(folder: Path, results: dict, history: list[dict], images: Images, split: Split,
@@ -264,13 +271,24 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
 
 def write_pooled(folder: Path, results: dict, histories: list[list[dict]], twins: int,
                  drawn: tuple[np.ndarray, np.ndarray] | None) -> None:
-    """Figures and report.md of a run of folds, or of hospitals alone; the table on the terminal.
-    drawn: logits [n, C] and labels [n] of the pooled test parts, where they are disjoint."""
+    """results.json, figures and report.md of a run of folds, or of hospitals alone; the table on
+    the terminal. drawn: logits [n, C] and labels [n] of the pooled test parts, where disjoint."""
+    write_json(folder / "results.json", results)  # first: nothing below may end a run
+    print_table(MEMBERS, member_rows(results))
+    if drawn is not None:
+        print_colour(results)
+    with decoration():
+        draw_pooled(folder, results, histories, twins, drawn)
+    print_place(folder)
+
+
+def draw_pooled(folder: Path, results: dict, histories: list[list[dict]], twins: int,
+                drawn: tuple[np.ndarray, np.ndarray] | None) -> None:
+    """The figures and report.md of `write_pooled`."""
     figures.plot_curves(histories, folder / "curves.png")
     run, colour = read_run(folder), "what the report of each part says"
     sections = [head(folder, run, results), "## Results", markdown(MEMBERS, member_rows(results)),
                 "Each row is a run in the folder of that name, with a report of its own."]
-    print_table(MEMBERS, member_rows(results))
     if drawn is not None:
         test = results["best"]["test"]
         figures.plot_confusion(test["confusion"], run["classes"], "out of fold",
@@ -280,34 +298,39 @@ def write_pooled(folder: Path, results: dict, histories: list[list[dict]], twins
                       "overlap. The interval is that of the pooled predictions."),
                      class_table(test, "pooled, out of fold"), colour_table(results)]
         colour = show(best_colour_row(results, "statistics")["test"])
-        print_colour(results)
     n = sum(m["n"] for m in results["members"])
     write_page(folder, [*sections, tail(folder, run, twins, n, colour)])
-    write_json(folder / "results.json", results)
-    print(f"report: {folder}/report.md")
 
 
 def write_sites(folder: Path, results: dict, history: list[dict], classes: list[str]) -> None:
-    """Figures, report.md and the tables on the terminal of hospitals with images of their own:
-    pooled counts, and a row for each hospital."""
+    """results.json, figures, report.md and the tables on the terminal of hospitals with images of
+    their own: pooled counts, and a row for each hospital."""
+    write_json(folder / "results.json", results)  # first: nothing below may end a run
+    print_table(SUMMARY, summary_rows(results))
+    header = ["site", *CLIENTS]
+    rows = client_rows(results["best"]["test"]["clients"], results["sites"])
+    print_table(header, rows)
+    with decoration():
+        draw_sites(folder, results, history, classes, markdown(header, rows))
+    print_place(folder)
+
+
+def draw_sites(folder: Path, results: dict, history: list[dict], classes: list[str],
+               table: str) -> None:
+    """The figures and report.md of `write_sites`. table: Markdown, a row for each hospital."""
     test, run = results["best"]["test"], read_run(folder)
     figures.plot_curves([history], folder / "history.png", "round", results["best"]["round"])
     figures.plot_confusion(test["confusion"], classes, "best model, test parts of all sites",
                            folder / "confusion.png")
-    header, rows = ["site", *CLIENTS], client_rows(test["clients"], results["sites"])
     write_page(folder, [
         f"# {folder.name}",
         (f"Sites: {results['data']}. {results['images_seen']} training passes in "
          f"{results['optimizer_steps']} optimiser steps, commit {run['git']}."),
         "## Results", "Best = lowest validation loss pooled over sites, the earliest on ties.",
         markdown(SUMMARY, summary_rows(results)),
-        "### Each site on its own test part (best model)", markdown(header, rows),
+        "### Each site on its own test part (best model)", table,
         class_table(test, "best model, test parts of all sites"),
         ("Intervals assume independent images. Each site's predictions stay in its own folder; "
          "what crossed between sites, and what that does not protect, stands in SECURITY.md. "
          "Research and teaching only, not a medical device."),
         figures_and_settings(folder, run)])
-    write_json(folder / "results.json", results)
-    print_table(SUMMARY, summary_rows(results))
-    print_table(header, rows)
-    print(f"report: {folder}/report.md")
