@@ -13,6 +13,7 @@ from checks import InputError, guard, integer, make_parser, warn
 
 import argparse
 import hashlib
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from dataset.augment import Augmentation, augment, draw_parameters
 from dataset.cache import Cache
 from dataset.files import Found, decode_all, find_images, say_passed
 from dataset.images import Images
+from models import write_whole
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # section 3.2.2
 SAMPLERS = ("shuffle", "balanced", "dual")
@@ -51,6 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # ---- reading ----------------------------------------------------------------------------------
 
+def check_memory(count: int, size: int) -> None:
+    """Raise InputError where this machine cannot hold `count` images of size × size pixels."""
+    if hasattr(os, "sysconf"):  # not on Windows, where the error comes later
+        need, has = 3 * count * size**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if need > has:
+            raise InputError(
+                f"--image-size {size}: {count} images x 3 x {size}² bytes are {need / 2**30:,.0f} "
+                f"GiB of memory, and this machine has {has / 2**30:,.0f} (--cache holds them on "
+                "disk)")
+
+
 def read_folder(root: str, size: int, skip_bad: bool = False, classes: list[str] | None = None,
                 listed: table.Table | None = None, skip_unlisted: bool = False,
                 removed: Sequence[str] = (), cache: str | None = None) -> Images:
@@ -64,6 +77,8 @@ def read_folder(root: str, size: int, skip_bad: bool = False, classes: list[str]
     if listed is not None:
         there = table.apply(listed, there, skip_unlisted, classes)
     there = there.by_class()
+    if cache is None:
+        check_memory(len(there.files), size)
     store = Cache(cache, there.files, size, list(removed)) if cache else None
     images = _collect(there, decode_all(there.files, size), size, removed, store, classes)
     images.name, images.root, images.ignored = Path(root).resolve().name, there.base, there.ignored
@@ -129,6 +144,7 @@ def load(args: argparse.Namespace) -> Images:
             warn(f"--skip-bad: {len(images.bad)} unreadable image(s) left out: "
                  + ", ".join(name for name, _ in images.bad))
         return images
+    check_memory(sum(synthetic.COUNTS.values()), args.image_size)
     drawn, labels, paths = synthetic.draw(args.image_size)
     there = Found(Path(), [Path(path) for path in paths], labels, {})
     if listed is not None:
@@ -264,7 +280,7 @@ def contact_sheet(images: Images, path: Path, columns: int = 8) -> None:
         rows.append(torch.cat(list(drawn), 2))
     sheet = (torch.cat(rows, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    write_whole(path, lambda file: Image.fromarray(sheet).save(file, "PNG"))
     print(f"contact sheet (first column as read, the rest augmented): {path}")
 
 
@@ -274,6 +290,8 @@ def main() -> None:
     parts.add_client_arguments(parser)
     parser.add_argument("--sheet", metavar="PNG", help="default runs/data-NAME.png")
     args = parser.parse_args()
+    if args.sheet and os.path.exists(args.sheet):
+        raise InputError(f"--sheet {args.sheet}: exists already")
     args.skip_bad = True  # a description lists the unreadable ones and goes on
     images = load(args)
     describe(args, images)

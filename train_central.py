@@ -104,7 +104,7 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
     `client_id` draws in round 1, so that one round of one client is the same run. Raises
     FloatingPointError where the weights stop being finite.
     """
-    if (folder / "results.json").exists():
+    if (folder / "report.md").exists():
         return
     model, images = run.model, run.images
     measured = evaluation.Evaluation(model, images, split)

@@ -138,7 +138,8 @@ def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_va
                                                           random_state=seed)
         out.append({"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)})
     if inner_val and not all(len(fold["val"]) for fold in out):
-        raise InputError(f"an inner validation share of {inner_val:g} is no image")
+        raise InputError(f"--inner-val {inner_val:g} leaves a fold without a validation image: "
+                         f"{'no group is so small' if kind == 'grouped' else 'too few images'}")
     return out
 
 
