@@ -11,25 +11,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from data import Images
+from dataset.images import Images, colour_statistics
 from dataset.splits import Split
 from reporting.metrics import wilson
-
-STRIP = 0.12  # share of the height cut off below: the burnt-in scale bar stands there
-
-
-def colour_statistics(pixels: np.ndarray, kind: str, cut_strip: bool = False) -> np.ndarray:
-    """float32 [n, 3] (`means` of R, G, B) or [n, 21] (`statistics`: of each channel the mean,
-    the standard deviation and the 5, 25, 50, 75, 95 % quantiles). pixels: uint8 [n, H, W, 3]."""
-    height = pixels.shape[1] - round(STRIP * pixels.shape[1]) * cut_strip
-    rows = []
-    for image in pixels[:, :height]:
-        flat = image.reshape(-1, 3).astype(np.float32)
-        row = [flat.mean(0)]
-        if kind == "statistics":
-            row += [flat.std(0), *np.percentile(flat, (5, 25, 50, 75, 95), axis=0)]
-        rows.append(np.concatenate(row))
-    return np.array(rows, dtype=np.float32)
 
 
 @lru_cache(maxsize=1)  # folds, seeds and networks of one run share them

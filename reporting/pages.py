@@ -46,7 +46,7 @@ def print_colour(results: dict) -> None:
               f"{show(top['val'])}, test {show(top['test'])}")
 
 
-MEMBERS = ["part", "training images", "best epoch", "n", "accuracy (95 %)", "macro F1", "kappa",
+MEMBERS = ["part", "training images", "best", "n", "accuracy (95 %)", "macro F1", "kappa",
            "AUC"]
 
 
