@@ -30,6 +30,7 @@ from reporting import (
     metrics,
     pages,
     paired,
+    report,
     run_folder,
     tables,
     terminal,
@@ -116,8 +117,19 @@ def probe_table(found: dict) -> str:
 def audit_data(args: argparse.Namespace) -> None:
     """Duplicates, shortcut probes and split seeds of a data set."""
     images = data.read_folder(args.data, args.image_size, skip_bad=True,
-                              listed=table.chosen(args), skip_unlisted=args.skip_unlisted)
-    folder = run_folder.new_folder(args.out, f"runs/audit-{images.name}")
+                              listed=table.chosen(args), skip_unlisted=args.skip_unlisted,
+                              cache=args.cache)
+    with run_folder.made(args.out, f"runs/audit-{images.name}") as folder:
+        result = write_data_audit(args, images, folder)
+    counts = result["duplicates"]
+    print(f"{counts['identical_copies']} identical copies, {counts['near_pairs']} near pairs "
+          f"({counts['near_pairs_across_classes']} across classes), {counts['groups']} groups")
+    print(probe_table(result["probes"]))
+    report.print_place(folder)
+
+
+def write_data_audit(args: argparse.Namespace, images: data.Images, folder: Path) -> dict:
+    """audit.json, groups.csv, figures and report.md; returns what the first holds."""
     labels = images.labels.numpy()
     groups, counts, near = find_groups(images)
     features = probes.features(images)
@@ -132,16 +144,14 @@ def audit_data(args: argparse.Namespace) -> None:
     tables.write_csv(folder / "groups.csv", [
         ["path", "group"],
         *([path, images.paths[g]] for path, g in zip(images.paths, groups, strict=True))])
-    figures.plot_pairs(images, near, folder / "near-duplicates.png")
-    figures.plot_interventions(images, folder / "interventions.png")
-    figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
-    figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
     run_folder.write_json(folder / "audit.json", result)
-    pages.write_page(folder, data_page(result))
-    print(f"{counts['identical_copies']} identical copies, {counts['near_pairs']} near pairs "
-          f"({counts['near_pairs_across_classes']} across classes), {counts['groups']} groups")
-    print(probe_table(rows))
-    print(f"report: {folder}/report.md")
+    with report.decoration(f"{folder}/audit.json"):
+        figures.plot_pairs(images, near, folder / "near-duplicates.png")
+        figures.plot_interventions(images, folder / "interventions.png")
+        figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
+        figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
+        pages.write_page(folder, data_page(result))
+    return result
 
 
 def data_page(result: dict) -> list[str]:
@@ -220,11 +230,12 @@ def read_groups(listed: table.Table, images: data.Images) -> np.ndarray:
 def audit_run(args: argparse.Namespace) -> None:
     """A trained network against the probes, on its own test part."""
     folder = Path(args.run)
-    run, images = finished.load_images(folder, args.data)
+    run, images = finished.load_images(folder, args.data, args.cache)
+    if run["arguments"].get("bn") == "local":
+        raise InputError(f"{folder}: every client has its own BatchNorm; one network is audited")
     test = finished.read_predictions(folder)
     trained = inference.load(folder, models.pick_device(args.device))
     groups = read_groups(table.chosen(args), images) if args.table else find_groups(images)[0]
-    out = run_folder.new_folder(args.out, str(folder / "audit"))
     split = tables.read_split(folder, images)[0]
     place = {path: i for i, path in enumerate(test.paths)}
     rows = [place[images.paths[i]] for i in split["test"]]
@@ -249,10 +260,12 @@ def audit_run(args: argparse.Namespace) -> None:
         benign = images.classes.index("Benign")
         missed = np.flatnonzero((logits.argmax(1) == benign) & (labels != benign))
         result["called_benign"] = [images.paths[split["test"][i]] for i in missed]
-    figures.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
-    run_folder.write_json(out / "audit.json", result)
-    pages.write_page(out, run_page(result))
-    print(f"report: {out}/report.md")
+    with run_folder.made(args.out, str(folder / "audit")) as out:
+        run_folder.write_json(out / "audit.json", result)
+        with report.decoration(f"{out}/audit.json"):
+            figures.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
+            pages.write_page(out, run_page(result))
+    report.print_place(out)
 
 
 def run_page(result: dict) -> list[str]:
@@ -296,6 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     add = kinds.add_parser("data", help="audit a data set").add_argument
     add("data", metavar="DIR")
     add("--out", metavar="DIR", help="default runs/audit-NAME")
+    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--image-size", type=integer(32), default=224, help="side in pixels (default 224)")
     table.add_arguments(add)
     add("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
@@ -303,9 +317,12 @@ def main(argv: list[str] | None = None) -> None:
     add("run", metavar="RUN", help="run folder")
     table.add_arguments(add)
     add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
+    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--out", metavar="DIR", help="default RUN/audit, numbered if taken")
     add("--device", default="auto")
     args = parser.parse_args(argv)
+    if args.out and Path(args.out).exists():  # said before minutes of work
+        raise InputError(f"--out {args.out}: exists already")
     (audit_run if "run" in args else audit_data)(args)
 
 

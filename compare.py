@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset import splits
-from reporting import figures, finished, metrics, pages, paired, run_folder, terminal
+from reporting import figures, finished, metrics, pages, paired, report, run_folder, terminal
 
 # Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000
 # that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).
@@ -208,6 +208,8 @@ def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> Non
     with figures.drawing(path, 7, 0.3 * len(rows) + 0.8) as axis:
         for y, (label, row) in enumerate(rows.items()):
             accuracy, color = row["accuracy"], "tab:blue" if label in groups else "grey"
+            if accuracy.get("value", accuracy.get("mean")) is None:
+                continue  # colour where the training part has one class
             if "mean" in accuracy:
                 values = [r.results["best"]["test"]["accuracy"]["value"]
                           for r in groups.get(label, [])]
@@ -230,14 +232,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", metavar="DIR", help="default: runs/comparison, numbered if taken")
     args = parser.parse_args(argv)
     groups = group([run for folder in args.runs for run in load(Path(folder))])
-    folder = run_folder.new_folder(args.out, "runs/comparison")
-    rows = {label: summarise(members) for label, members in groups.items()}
-    rows |= colour_rows(groups) | (paper_rows() if args.paper else {})
-    tests = paired_tests(groups)
-    plot(rows, groups, folder / "comparison.png")
-    run_folder.write_json(folder / "comparison.json", {"rows": rows, "tests": tests})
-    text = page(rows, tests)
-    run_folder.write_text(folder / "comparison.md", text + "\n\n![comparison](comparison.png)\n")
+    with run_folder.made(args.out, "runs/comparison") as folder:
+        rows = {label: summarise(members) for label, members in groups.items()}
+        rows |= colour_rows(groups) | (paper_rows() if args.paper else {})
+        tests = paired_tests(groups)
+        text = page(rows, tests)
+        run_folder.write_json(folder / "comparison.json", {"rows": rows, "tests": tests})
+        run_folder.write_text(folder / "comparison.md",
+                              text + "\n\n![comparison](comparison.png)\n")
+        with report.decoration(f"{folder}/comparison.json"):
+            plot(rows, groups, folder / "comparison.png")
     print(f"{text}\n\ntable and figure: {folder}/comparison.md, comparison.png, comparison.json")
 
 

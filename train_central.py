@@ -104,7 +104,7 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
     `client_id` draws in round 1, so that one round of one client is the same run. Raises
     FloatingPointError where the weights stop being finite.
     """
-    if (folder / "results.json").exists():
+    if (folder / "report.md").exists():
         return
     model, images = run.model, run.images
     measured = evaluation.Evaluation(model, images, split)
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = run_folder.begin(args, "central", run.images, run.device)
     with run_folder.resumable(folder):
         print(f"run folder: {folder}; {args.model} on {run.device}")
-        run.images.pixels = run.images.pixels.to(run.device)  # once; batches are gathered there
+        data.keep_on(run.images, run.device)
         if args.local_only:
             tables.write_split(folder, run.images, run.several[""], run.clients)
             train_parts(args, folder, run, parts)

@@ -115,7 +115,7 @@ def recalibrate(job: processes.Job, model: torch.nn.Module, state: models.State,
     def moments(k: int) -> fedavg.Update:
         mixed = torch.from_numpy(np.random.default_rng(k).permutation(clients[k]))  # classes too
         found = models.batchnorm_moments(model, state, (
-            data.eval_batch(images, rows, images.pixels.device)
+            data.eval_batch(images, rows, next(model.parameters()).device)
             for rows in data.batch_slices(mixed, data.EVAL_BATCH)))
         return fedavg.Update(k, len(clients[k]), found, {})
     average = fedavg.WeightedAverage()

@@ -134,10 +134,12 @@ def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_va
         elif inner_val and kind == "stratified":
             train, val = _stratified(rest, labels, inner_val, seed)
         elif inner_val:
-            train, val = model_selection.train_test_split(rest, test_size=inner_val, random_state=seed)
+            train, val = model_selection.train_test_split(rest, test_size=inner_val,
+                                                          random_state=seed)
         out.append({"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)})
     if inner_val and not all(len(fold["val"]) for fold in out):
-        raise InputError(f"an inner validation share of {inner_val:g} is no image")
+        raise InputError(f"--inner-val {inner_val:g} leaves a fold without a validation image: "
+                         f"{'no group is so small' if kind == 'grouped' else 'too few images'}")
     return out
 
 

@@ -56,11 +56,12 @@ def read_units(folder: Path, paths: list[str]) -> tuple[str, np.ndarray] | None:
                  if rows and all(rows.get(path, {}).get(unit) is not None for path in paths)), None)
 
 
-def load_images(folder: Path, place: str | None = None) -> tuple[dict, Images]:
+def load_images(folder: Path, place: str | None = None,
+                cache: str | None = None) -> tuple[dict, Images]:
     """run.json of a run, and the images that it was made with, read again. place: the folder where
     they are now, if they were moved."""
     arguments = read_run(folder)["arguments"]
-    moved = {"data": place} if place else {}
+    moved = {"cache": cache} | ({"data": place} if place else {})
     if arguments["table"] and (folder / "split.csv").exists():  # it says all that the table said
         moved |= {"table": str(folder / "split.csv"), "columns": None, "skip_unlisted": True}
     try:

@@ -80,8 +80,8 @@ def test_an_explanation_that_fails_leaves_nothing_half_done(moved, monkeypatch):
 
     def fails(*args):
         raise OSError("No space left on device")
-    monkeypatch.setattr("reporting.figures.write", fails)
     before = sorted(p.name for p in out.iterdir())
+    monkeypatch.setattr("explain.write_table", fails)
     with pytest.raises(OSError, match="No space"):
         explain.main([str(out), "--data", there, *QUICK])
     assert sorted(p.name for p in out.iterdir()) == before

@@ -23,7 +23,7 @@ def predict(model: torch.nn.Module, images: data.Images, indices: np.ndarray) ->
     device = next(model.parameters()).device
     model.eval()
     batches = torch.from_numpy(indices).split(data.EVAL_BATCH)
-    return torch.cat([model(data.eval_batch(images, b, device)).float().cpu() for b in batches])
+    return torch.cat([model(data.eval_batch(images, b, device)).float() for b in batches]).cpu()
 
 
 class Evaluation:
