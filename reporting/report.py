@@ -26,13 +26,14 @@ NETWORK = ("data", "synthetic", "fingerprint", "model")  # what all parts of a r
 
 
 @contextmanager
-def decoration() -> Iterator[None]:
-    """Around all that only decorates a run: where it fails, one line says so and work goes on."""
+def decoration(file: str = "results.json") -> Iterator[None]:
+    """Around all that only decorates a run: where it fails, one line says so and work goes on.
+    file: where every figure stands, written before."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever a figure or a table can raise
         warn(f"WARNING: the report is not complete ({type(error).__name__}: {error}); every figure "
-             "stands in results.json")
+             f"stands in {file}")
 
 
 def print_epoch(record: dict, total: int, unit: str = "epoch") -> None:
