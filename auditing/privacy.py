@@ -183,7 +183,7 @@ def measure(case: Case, groups: np.ndarray) -> dict:
     run.images.pixels = run.images.pixels.to(run.device)
     start = models.moved(run.model.state_dict(), run.device)  # the network before training
     images = sum(len(split[part]) for split in run.several.values() for part in ("train", "test"))
-    rounds = 2 * ("A3" not in case.why) * len(sampled(case, 1))
+    rounds = 0 if "A3" in case.why else 2 * len(sampled(case, 1))  # updates to replay
     passes = images * (3 + len(case.alone) + rounds)
     if rounds:
         passes += BACKWARD * case.args.local_epochs * case.args.expand * rounds // len(
@@ -207,7 +207,7 @@ def measure_part(case: Case, folder: Path, sides: Sides, start: models.State,
         return score(models.read_file(path)["state"])
 
     every = (sides.owner >= 0)[None] & sides.single
-    best = owned(folder / "model.pt")
+    before, best = score(start), owned(folder / "model.pt")
     last = owned(folder / "last.pt") if (folder / "last.pt").exists() else None
     hospitals = list(range(len(case.hospitals)))
     out = {"A1": {
@@ -217,11 +217,13 @@ def measure_part(case: Case, folder: Path, sides: Sides, start: models.State,
                       for member in sides.members(hospitals)] if hospitals else [],
         "with_partner": attack(best[None], ((sides.owner >= 0) & ~sides.single)[None],
                                (sides.owner < 0) & ~sides.single, sides),
-        "placebo": attack(score(start)[None], every, sides.outside, sides)}}
+        "placebo": attack(before[None], every, sides.outside, sides)}}
     if "A2" not in case.why:
         own = np.stack([owned(part / "model.pt") for part in case.alone])
         out["A2"] = described(best - of_others(own), sides.members(hospitals), sides) | {
-            "controls": controls(own, hospitals, sides)}
+            "controls": controls(own, hospitals, sides),
+            "placebo": attack(before - of_others(own), sides.members(hospitals), sides.outside,
+                              sides)}
     if "A3" not in case.why:
         out |= server(case, sides, start, progress)
     return out

@@ -39,8 +39,9 @@ def rows_of(result: dict) -> list[tuple[str, dict | None, bool]]:
             rows += [(f"{attack}, {who}", figure, False)
                      for who, figure in zip(targets, found["targets"], strict=True)]
             rows += [(f"{attack}, controls", found["controls"], True)]
-            if "nobody" in found:
-                rows += [(f"{attack}, images of nobody", found["nobody"], True)]
+            rows += [(f"{attack}, {title}", found[key], True) for key, title in (
+                ("placebo", "network before training"), ("nobody", "images of nobody"))
+                if key in found]
     return rows
 
 
