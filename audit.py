@@ -34,6 +34,7 @@ from reporting import (
     report,
     run_folder,
     tables,
+    terminal,
 )
 
 FOLDS = 5
@@ -92,14 +93,25 @@ def seed_distribution(x: np.ndarray, labels: np.ndarray, seeds: int) -> dict:
 def probe_table(found: dict) -> str:
     names = list(next(iter(found.values())))
     return pages.markdown(["probe", *names], [
-        [probe, *(pages.show(row[name]) for name in names)] for probe, row in found.items()])
+        [probe, *(terminal.show(row[name]) for name in names)] for probe, row in found.items()])
 
 
 def audit_data(args: argparse.Namespace) -> None:
     """Duplicates, shortcut probes and split seeds of a data set."""
     images = data.read_folder(args.data, args.image_size, skip_bad=True,
-                              listed=table.chosen(args), skip_unlisted=args.skip_unlisted)
-    folder = run_folder.new_folder(args.out, f"runs/audit-{images.name}")
+                              listed=table.chosen(args), skip_unlisted=args.skip_unlisted,
+                              cache=args.cache)
+    with run_folder.made(args.out, f"runs/audit-{images.name}") as folder:
+        result = write_data_audit(args, images, folder)
+    counts = result["duplicates"]
+    print(f"{counts['identical_copies']} identical copies, {counts['near_pairs']} near pairs "
+          f"({counts['near_pairs_across_classes']} across classes), {counts['groups']} groups")
+    print(probe_table(result["probes"]))
+    report.print_place(folder)
+
+
+def write_data_audit(args: argparse.Namespace, images: data.Images, folder: Path) -> dict:
+    """audit.json, groups.csv, figures and report.md; returns what the first holds."""
     labels = images.labels.numpy()
     groups, counts, near = duplicates.find_groups(images)
     features = probes.features(images)
@@ -114,16 +126,14 @@ def audit_data(args: argparse.Namespace) -> None:
     tables.write_csv(folder / "groups.csv", [
         ["path", "group"],
         *([path, images.paths[g]] for path, g in zip(images.paths, groups, strict=True))])
-    figures.plot_pairs(images, near, folder / "near-duplicates.png")
-    figures.plot_interventions(images, folder / "interventions.png")
-    figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
-    figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
     run_folder.write_json(folder / "audit.json", result)
-    pages.write_page(folder, data_page(result))
-    print(f"{counts['identical_copies']} identical copies, {counts['near_pairs']} near pairs "
-          f"({counts['near_pairs_across_classes']} across classes), {counts['groups']} groups")
-    print(probe_table(rows))
-    print(f"report: {folder}/report.md")
+    with report.decoration(f"{folder}/audit.json"):
+        figures.plot_pairs(images, near, folder / "near-duplicates.png")
+        figures.plot_interventions(images, folder / "interventions.png")
+        figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
+        figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
+        pages.write_page(folder, data_page(result))
+    return result
 
 
 def data_page(result: dict) -> list[str]:
@@ -205,11 +215,12 @@ def read_groups(listed: table.Table | None, images: data.Images) -> np.ndarray:
 def audit_run(args: argparse.Namespace) -> None:
     """A trained network against the probes, on its own test part."""
     folder = Path(args.run)
-    run, images = finished.load_images(folder, args.data)
+    run, images = finished.load_images(folder, args.data, args.cache)
+    if run["arguments"].get("bn") == "local":
+        raise InputError(f"{folder}: every client has its own BatchNorm; one network is audited")
     test = finished.read_predictions(folder)
     trained = inference.load(folder, models.pick_device(args.device))
     groups = read_groups(table.chosen(args), images)
-    out = run_folder.new_folder(args.out, str(folder / "audit"))
     split = tables.read_split(folder, images)[0]
     place = {path: i for i, path in enumerate(test.paths)}
     rows = [place[images.paths[i]] for i in split["test"]]
@@ -234,10 +245,12 @@ def audit_run(args: argparse.Namespace) -> None:
         benign = images.classes.index("Benign")
         missed = np.flatnonzero((logits.argmax(1) == benign) & (labels != benign))
         result["called_benign"] = [images.paths[split["test"][i]] for i in missed]
-    figures.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
-    run_folder.write_json(out / "audit.json", result)
-    pages.write_page(out, run_page(result))
-    print(f"report: {out}/report.md")
+    with run_folder.made(args.out, str(folder / "audit")) as out:
+        run_folder.write_json(out / "audit.json", result)
+        with report.decoration(f"{out}/audit.json"):
+            figures.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
+            pages.write_page(out, run_page(result))
+    report.print_place(out)
 
 
 def run_page(result: dict) -> list[str]:
@@ -245,7 +258,7 @@ def run_page(result: dict) -> list[str]:
     best = max(result["probes"].items(), key=lambda item: item[1]["accuracy"]["value"])
     more = (best[1]["difference"]["low"] or 0) > 0
     loud = "**SYNTHETIC DATA**\n\n" if result["synthetic"] else ""
-    rows = [[name, pages.show(p["accuracy"]), pages.show(p["difference"]),
+    rows = [[name, terminal.show(p["accuracy"]), terminal.show(p["difference"]),
              f"{p['mcnemar']['a_only']} / {p['mcnemar']['b_only']}", f"{p['mcnemar']['p']:.2g}"]
             for name, p in result["probes"].items()]
     missed = "\n".join(f"- {path}" for path in result["called_benign"]) or "none"
@@ -256,22 +269,22 @@ def run_page(result: dict) -> list[str]:
         "## More than the probes?",
         (f"The best probe is *{best[0]}*. The network knows "
          f"**{'more' if more else 'nothing more that this test part shows'}**: difference "
-         f"{pages.show(best[1]['difference'])}."),
+         f"{terminal.show(best[1]['difference'])}."),
         pages.markdown(["probe, same images and training part", "accuracy", "network − probe",
                          "right alone: network / probe", "McNemar p"], rows),
         "## Independence",
         pages.markdown(["accuracy", "value"], [
-            ["all test images, Wilson", pages.show(result["accuracy"])],
+            ["all test images, Wilson", terminal.show(result["accuracy"])],
             [f"all, by {result['groups_in_test']} {result['groups']}",
-             pages.show(result["clustered"])],
-            ["without a partner in training", pages.show(result["without_partner"])],
-            ["with a partner in training", pages.show(result["with_partner"])]]), CAUTION,
+             terminal.show(result["clustered"])],
+            ["without a partner in training", terminal.show(result["without_partner"])],
+            ["with a partner in training", terminal.show(result["with_partner"])]]), CAUTION,
         "## Under interventions", pages.markdown(
             ["intervention on the test images alone", "accuracy", "difference"],
-            [[name, pages.show(p["accuracy"]), pages.show(p["difference"])]
+            [[name, terminal.show(p["accuracy"]), terminal.show(p["difference"])]
              for name, p in result["under_interventions"].items()]),
         "## Leukaemias called benign", missed,
-        "## Calibration", f"Expected calibration error {pages.show(result['ece'])}.",
+        "## Calibration", f"Expected calibration error {terminal.show(result['ece'])}.",
         "![reliability](reliability.png)"]
 
 
@@ -280,17 +293,16 @@ def run_page(result: dict) -> list[str]:
 def audit_privacy(args: argparse.Namespace) -> None:
     """What the final model, the other hospitals and the server tell of who was in training."""
     folder, listed = Path(args.run), table.chosen(args)
-    case = privacy.prepare(folder, args.alone and Path(args.alone), args.replay > 0, args.data,
-                           args.device)
+    case = privacy.prepare(folder, args.alone, args.replay > 0, args.data, args.device, args.cache)
     groups = None if case.run is None else (
         read_groups(listed, case.run.images) if listed else privacy.picture_groups(case))
     result = privacy.measure(case, groups)
-    out = run_folder.new_folder(None, str(folder / "privacy"))
-    run_folder.write_json(out / "privacy.json", result)
-    with report.decoration(str(out / "privacy.json")):
-        privacy_page.write(out, result)
+    with run_folder.made(None, str(folder / "privacy")) as out:
+        run_folder.write_json(out / "privacy.json", result)
+        with report.decoration(f"{out}/privacy.json"):
+            privacy_page.write(out, result)
     print(privacy_page.proof(result))
-    print(f"report: {out}/report.md")
+    report.print_place(out)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -301,6 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     add = sub.add_argument
     add("data", metavar="DIR")
     add("--out", metavar="DIR", help="default runs/audit-NAME")
+    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--image-size", type=integer(32), default=224, help="side in pixels (default 224)")
     table.add_arguments(add)
     add("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
@@ -310,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     add("run", metavar="RUN", help="run folder")
     table.add_arguments(add)
     add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
+    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--out", metavar="DIR", help="default RUN/audit, numbered if taken")
     add("--device", default="auto")
     sub = kinds.add_parser("privacy", help="who can tell which images a run was trained on")
@@ -322,8 +336,11 @@ def main(argv: list[str] | None = None) -> None:
         help="replay two rounds, for what the server sees (default 1; 0 = do not)")
     table.add_arguments(add)
     add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
+    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--device", default="auto")
     args = parser.parse_args(argv)
+    if getattr(args, "out", None) and Path(args.out).exists():  # said before minutes of work
+        raise InputError(f"--out {args.out}: exists already")
     args.work(args)
 
 

@@ -33,7 +33,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def number(low: float, high: float = math.inf, open_low: bool = False,
            kind: type = float) -> Callable[[str], float]:
     """Flag type: a finite number in [low, high], or in (low, high] with `open_low`."""
-    interval = f"{'(' if open_low else '['}{low:g}, {'∞)' if high == math.inf else f'{high:g}]'}"
+    end = "∞)" if high == math.inf else f"{high:.10g}]"
+    interval = f"{'(' if open_low else '['}{low:g}, {end}"
 
     def parse(text: str) -> float:
         try:
@@ -41,15 +42,15 @@ def number(low: float, high: float = math.inf, open_low: bool = False,
         except ValueError:
             name = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
-        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        if not low <= value <= high or (open_low and value == low) or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is outside {interval}")
         return value
     return parse
 
 
 def integer(low: int) -> Callable[[str], int]:
-    """Flag type: a whole number of at least `low`."""
-    return number(low, kind=int)
+    """Flag type: a whole number from `low` to the largest that every generator takes as a seed."""
+    return number(low, 2**32 - 1, kind=int)
 
 
 quiet = False  # True in a process of a torchrun job whose rank 0 prints the same warnings
@@ -90,16 +91,21 @@ class Quiet:
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Run a script's `main`. Bad input and errors of the operating system become one line and exit
-    code 2; Ctrl-C before there is anything to resume becomes one line and exit code 130."""
+    """Run a script's `main`. Bad input, errors of the operating system and lack of memory become
+    one line and exit code 2; Ctrl-C where nothing is kept becomes one line and exit code 130."""
     if "RANK" not in os.environ:  # torchrun reads what its processes print
         sys.stdout, sys.stderr = Quiet(sys.stdout), Quiet(sys.stderr)
     try:
         main()
     except KeyboardInterrupt:
-        warn("stopped")
+        warn("stopped; nothing was kept, go on with the same command")
         sys.exit(130)
-    except (InputError, OSError, MemoryError) as error:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        words = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and "memory" not in words:
+            raise
+        if isinstance(error, MemoryError | RuntimeError):  # the latter are PyTorch's
+            words = f"not enough memory ({words}); a smaller --batch-size or --image-size may do"
         name = sys.argv[0].rsplit("/", 1)[-1]
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{name}: error: {words}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset import splits
-from reporting import figures, finished, metrics, pages, paired, run_folder
+from reporting import figures, finished, metrics, pages, paired, report, run_folder, terminal
 
 # Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000
 # that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).
@@ -106,12 +106,12 @@ def summarise(members: list[Run]) -> dict:
 def table_rows(rows: dict[str, dict]) -> list[list]:
     out = []
     for label, row in rows.items():
-        triples = [" / ".join(pages.show(row.get(f"{kind}_{key}")) for key in
+        triples = [" / ".join(terminal.show(row.get(f"{kind}_{key}")) for key in
                               ("precision", "recall", "f1")) for kind in ("macro", "weighted")]
         cost = [f"{row[key]:.0f}" if key in row else "–" for key in ("images_seen", "seconds")]
-        out.append([label, row.get("runs", "–"), row["n"], pages.show(row["accuracy"]),
+        out.append([label, row.get("runs", "–"), row["n"], terminal.show(row["accuracy"]),
                     *("–" if set(t) <= set("– /") else t for t in triples),
-                    pages.show(row.get("kappa")), pages.show(row.get("roc_auc")), *cost])
+                    terminal.show(row.get("kappa")), terminal.show(row.get("roc_auc")), *cost])
     return out
 
 
@@ -208,6 +208,8 @@ def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> Non
     with figures.drawing(path, 7, 0.3 * len(rows) + 0.8) as axis:
         for y, (label, row) in enumerate(rows.items()):
             accuracy, color = row["accuracy"], "tab:blue" if label in groups else "grey"
+            if accuracy.get("value", accuracy.get("mean")) is None:
+                continue  # colour where the training part has one class
             if "mean" in accuracy:
                 values = [r.results["best"]["test"]["accuracy"]["value"]
                           for r in groups.get(label, [])]
@@ -216,7 +218,7 @@ def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> Non
             else:
                 axis.plot([accuracy["low"], accuracy["high"]], [y, y], color=color)
                 axis.plot(accuracy["value"], y, "d", color=color)
-        axis.set_yticks(range(len(rows)), [f"{label} ({pages.show(row['accuracy'])})"
+        axis.set_yticks(range(len(rows)), [f"{label} ({terminal.show(row['accuracy'])})"
                                            for label, row in rows.items()], fontsize=7)
         axis.set_xlabel("accuracy: 95 % interval; of several runs each and their mean", fontsize=7)
         axis.invert_yaxis()
@@ -230,14 +232,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", metavar="DIR", help="default: runs/comparison, numbered if taken")
     args = parser.parse_args(argv)
     groups = group([run for folder in args.runs for run in load(Path(folder))])
-    folder = run_folder.new_folder(args.out, "runs/comparison")
-    rows = {label: summarise(members) for label, members in groups.items()}
-    rows |= colour_rows(groups) | (paper_rows() if args.paper else {})
-    tests = paired_tests(groups)
-    plot(rows, groups, folder / "comparison.png")
-    run_folder.write_json(folder / "comparison.json", {"rows": rows, "tests": tests})
-    text = page(rows, tests)
-    run_folder.write_text(folder / "comparison.md", text + "\n\n![comparison](comparison.png)\n")
+    with run_folder.made(args.out, "runs/comparison") as folder:
+        rows = {label: summarise(members) for label, members in groups.items()}
+        rows |= colour_rows(groups) | (paper_rows() if args.paper else {})
+        tests = paired_tests(groups)
+        text = page(rows, tests)
+        run_folder.write_json(folder / "comparison.json", {"rows": rows, "tests": tests})
+        run_folder.write_text(folder / "comparison.md",
+                              text + "\n\n![comparison](comparison.png)\n")
+        with report.decoration(f"{folder}/comparison.json"):
+            plot(rows, groups, folder / "comparison.png")
     print(f"{text}\n\ntable and figure: {folder}/comparison.md, comparison.png, comparison.json")
 
 

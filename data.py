@@ -13,8 +13,11 @@ from checks import InputError, guard, integer, make_parser, warn
 
 import argparse
 import hashlib
+import os
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +28,10 @@ from tqdm import tqdm
 
 from dataset import interventions, parts, synthetic, table
 from dataset.augment import Augmentation, augment, draw_parameters
+from dataset.cache import Cache
 from dataset.files import Found, decode_all, find_images, say_passed
 from dataset.images import Images
+from models import write_whole
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # section 3.2.2
 SAMPLERS = ("shuffle", "balanced", "dual")
@@ -38,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="one folder per class; without it: synthetic smears")
     add("--image-size", type=integer(8), default=224, help="side in pixels (default 224)")
+    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start; "
+        "the set may be larger than memory")
     add("--skip-bad", action="store_true", help="go on without unreadable images, and record which")
     table.add_arguments(add)
     interventions.add_arguments(parser)
@@ -46,18 +53,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # ---- reading ----------------------------------------------------------------------------------
 
+def check_memory(count: int, size: int) -> None:
+    """Raise InputError where this machine cannot hold `count` images of size × size pixels."""
+    if hasattr(os, "sysconf"):  # not on Windows, where the error comes later
+        need, has = 3 * count * size**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if need > has:
+            raise InputError(
+                f"--image-size {size}: {count} images x 3 x {size}² bytes are {need / 2**30:,.0f} "
+                f"GiB of memory, and this machine has {has / 2**30:,.0f} (--cache holds them on "
+                "disk)")
+
+
 def read_folder(root: str, size: int, skip_bad: bool = False, classes: list[str] | None = None,
-                listed: table.Table | None = None, skip_unlisted: bool = False) -> Images:
+                listed: table.Table | None = None, skip_unlisted: bool = False,
+                removed: Sequence[str] = (), cache: str | None = None) -> Images:
     """Decode every image under `root` once, in parallel, and resize it to size × size.
     classes: the class list of a federation, of which a hospital may lack some; by default the
-    classes that are found. listed: a table, which decides what belongs to the set.
+    classes that are found. listed: a table, which decides what belongs to the set. removed: the
+    interventions; digests, and so the fingerprint, are those of the images before. cache: a folder.
     Raises InputError for a missing, empty or one-class folder, and for unreadable images, naming
     all of them; with `skip_bad` they are left out and listed in `bad`."""
     there = find_images(Path(root), classes, listed is not None and "label" in listed.columns)
     if listed is not None:
         there = table.apply(listed, there, skip_unlisted, classes)
     there = there.by_class()
-    images = _collect(there, decode_all(there.files, size), size, classes)
+    if cache is None:
+        check_memory(len(there.files), size)
+    store = Cache(cache, there.files, size, list(removed)) if cache else None
+    images = _collect(there, decode_all(there.files, size), size, removed, store, classes)
     images.name, images.root, images.ignored = Path(root).resolve().name, there.base, there.ignored
     if images.bad and not skip_bad:
         names = "; ".join(f"{name} ({reason})" for name, reason in images.bad)
@@ -69,46 +92,59 @@ def read_folder(root: str, size: int, skip_bad: bool = False, classes: list[str]
     return images
 
 
-def _collect(there: Found, decoded: Iterator, size: int, classes: list[str] | None) -> Images:
+def _collect(there: Found, decoded: Iterator, size: int, removed: Sequence[str],
+             store: Cache | None = None, classes: list[str] | None = None) -> Images:
     """One data set of what was decoded, in the order of `there.files`; the rest is `bad`."""
-    n, names = len(there.files), list(classes or sorted(set(there.labels)))
-    pixels = np.empty((n, size, size, 3), np.uint8)
-    digests, shapes, bad, keep = [""] * n, Counter(), [], []
     paths = [path.relative_to(there.base).as_posix() for path in there.files]
+    names = list(classes or sorted(set(there.labels)))
+    pixels, notes = (store and store.read()) or _decode(decoded, len(paths), size, removed, store)
+    good, digests, shapes, bad = (notes[key] for key in ("good", "digests", "shapes", "bad"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a cache cannot be written to, and nobody does
+        pixels = torch.from_numpy(pixels)
+    return Images(pixels.permute(0, 3, 1, 2), torch.tensor([names.index(there.labels[i])
+                                                            for i in good]),
+                  [paths[i] for i in good], names, digests, "",
+                  bad=[(paths[i], why) for i, why in bad], found=Counter(map(tuple, shapes)),
+                  known={c: np.array([v[i] for i in good]) for c, v in there.known.items()})
+
+
+def _decode(decoded: Iterator, n: int, size: int, removed: Sequence[str],
+            store: Cache | None) -> tuple[np.ndarray, dict]:
+    """Pixels uint8 [good, size, size, 3] after the interventions, and what is noted of the images:
+    numbers of the good ones, their digests and shapes, and [number, reason] of the bad ones."""
+    pixels = np.empty((n, size, size, 3), np.uint8) if store is None else store.create()
+    notes = {"good": [], "digests": [], "shapes": [], "bad": []}
     for i, result in enumerate(tqdm(decoded, "decoding", n, disable=None, unit="image",
                                     leave=False)):
         if isinstance(result, str):
-            bad.append((paths[i], result))
-        else:
-            pixels[i], digests[i], shape = result
-            shapes[shape] += 1
-            keep.append(i)
-    pixels = torch.from_numpy(pixels[keep] if bad else pixels)
-    labels = torch.tensor([names.index(there.labels[i]) for i in keep])
-    return Images(pixels.permute(0, 3, 1, 2), labels, [paths[i] for i in keep], names,
-                  [digests[i] for i in keep], "", bad=bad, found=shapes,
-                  known={c: np.array([v[i] for i in keep]) for c, v in there.known.items()})
+            notes["bad"].append([i, result])
+            continue
+        small, digest, shape = result
+        if removed:
+            image = torch.from_numpy(small.copy()).permute(2, 0, 1)[None]
+            small = interventions.apply(image, removed)[0].permute(1, 2, 0)
+        pixels[len(notes["good"])] = small
+        for key, value in (("good", i), ("digests", digest), ("shapes", shape)):
+            notes[key].append(value)
+    good = len(notes["good"])
+    return pixels[:good] if store is None else store.finish(pixels, good, notes), notes
 
 
 def load(args: argparse.Namespace) -> Images:
-    """The data set that the flags name, --data DIR or the drawn smears, after --remove.
-    The digests, and so the fingerprint, are those of the images before --remove."""
-    images = _read(args)
-    images.pixels = interventions.apply(images.pixels, interventions.chosen(args))
-    return images
-
-
-def _read(args: argparse.Namespace) -> Images:
-    listed = table.chosen(args)
+    """The data set that the flags name, --data DIR or the drawn smears, after --remove."""
+    listed, removed = table.chosen(args), interventions.chosen(args)
     if args.data is not None:
         images = read_folder(args.data, args.image_size, args.skip_bad,
-                             getattr(args, "classes", None), listed, args.skip_unlisted)
+                             getattr(args, "classes", None), listed, args.skip_unlisted,
+                             removed, getattr(args, "cache", None))
         if images.ignored:
             warn(f"--data: passed over {say_passed(images.ignored)}")
         if images.bad:
             warn(f"--skip-bad: {len(images.bad)} unreadable image(s) left out: "
                  + ", ".join(name for name, _ in images.bad))
         return images
+    check_memory(sum(synthetic.COUNTS.values()), args.image_size)
     drawn, labels, paths = synthetic.draw(args.image_size)
     there = Found(Path(), [Path(path) for path in paths], labels, {})
     if listed is not None:
@@ -117,7 +153,7 @@ def _read(args: argparse.Namespace) -> Images:
     shape = args.image_size, args.image_size, "RGB"
     decoded = ((pixels[str(f)], hashlib.sha256(pixels[str(f)]).hexdigest(), shape)
                for f in there.files)
-    images = _collect(there, decoded, args.image_size, None)
+    images = _collect(there, decoded, args.image_size, removed)
     images.name = "synthetic"
     return images
 
@@ -150,33 +186,59 @@ def batch_slices(order: Tensor, batch_size: int) -> Iterator[Tensor]:
             yield batch
 
 
+def keep_on(images: Images, device: torch.device) -> None:
+    """Move the pixels to the training device, where batches are then gathered. On a GPU only if
+    they take at most half of its free memory; else they stay, and one line says so."""
+    if device.type == "cuda" and images.pixels.numel() > torch.cuda.mem_get_info(device)[0] // 2:
+        warn(f"note: the pixels ({images.pixels.numel() / 2**30:.1f} GiB) stay in main memory, as "
+             f"{device} has too little; batches are copied one by one")
+        return
+    images.pixels = images.pixels.to(device)
+
+
 def gather(images: Images, indices: Tensor, device: torch.device) -> Tensor:
-    """Copies of the images as float [n, 3, H, W] in 0..1 on `device`."""
+    """Copies of the images as float [n, 3, H, W] in 0..1 on `device`. indices: int64 [n], on the
+    device of the pixels. From main memory to a GPU the copy is pinned, so that it does not wait."""
     stored = images.pixels.permute(0, 2, 3, 1)  # contiguous rows: one copy per image
-    rows = stored[indices.to(stored.device)].permute(0, 3, 1, 2)
-    return rows.to(device, non_blocking=True).float().div_(255)
+    rows = stored[indices]
+    if rows.device != device:
+        rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+    return rows.permute(0, 3, 1, 2).float().div_(255)
+
+
+@lru_cache
+def imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (section 3.2.2), float32 [1, 3, 1, 1], once on each device."""
+    with torch.inference_mode(False):  # or a gradient could not pass by them later
+        return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1)
+                     for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def normalise(batch: Tensor) -> Tensor:
     """ImageNet mean and standard deviation (section 3.2.2); returns channels_last."""
-    mean = torch.tensor(IMAGENET_MEAN, device=batch.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=batch.device).view(1, 3, 1, 1)
+    mean, std = imagenet(batch.device)
     return ((batch - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def train_batch(images: Images, indices: Tensor, ranges: Augmentation | None,
-                generator: torch.Generator, device: torch.device) -> Tensor:
+                generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
     """A gathered, augmented and normalised batch, for training only: validation and test images
-    never come through here."""
-    batch = gather(images, indices, device)
-    if ranges is not None:
-        batch = augment(batch, draw_parameters(len(batch), ranges, generator))
-    return normalise(batch)
+    never come through here. indices: int64 [n] on the CPU; returned on `device` beside the batch.
+    They and all that is drawn for the batch reach the device in one copy."""
+    drawn = {} if ranges is None else draw_parameters(len(indices), ranges, generator)
+    packed = torch.stack([indices.double(), *(values.double() for values in drawn.values())])
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    packed = packed.to(device, non_blocking=True)  # float64 holds either kind exactly
+    rows, drawn = packed[0].long(), dict(zip(drawn, packed[1:].float(), strict=True))
+    batch = gather(images, rows if images.pixels.device == device else indices, device)
+    return normalise(augment(batch, drawn) if drawn else batch), rows
 
 
 def eval_batch(images: Images, indices: Tensor, device: torch.device) -> Tensor:
-    """A gathered and normalised batch. Nothing in it is random."""
-    return normalise(gather(images, indices, device))
+    """A gathered and normalised batch; indices: int64 [n] on the CPU. Nothing in it is random."""
+    on = images.pixels.device
+    return normalise(gather(images, indices if on.type == "cpu" else indices.to(on), device))
 
 
 # ---- as a script ------------------------------------------------------------------------------
@@ -218,7 +280,7 @@ def contact_sheet(images: Images, path: Path, columns: int = 8) -> None:
         rows.append(torch.cat(list(drawn), 2))
     sheet = (torch.cat(rows, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    write_whole(path, lambda file: Image.fromarray(sheet).save(file, "PNG"))
     print(f"contact sheet (first column as read, the rest augmented): {path}")
 
 
@@ -228,6 +290,8 @@ def main() -> None:
     parts.add_client_arguments(parser)
     parser.add_argument("--sheet", metavar="PNG", help="default runs/data-NAME.png")
     args = parser.parse_args()
+    if args.sheet and os.path.exists(args.sheet):
+        raise InputError(f"--sheet {args.sheet}: exists already")
     args.skip_bad = True  # a description lists the unreadable ones and goes on
     images = load(args)
     describe(args, images)

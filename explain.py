@@ -13,7 +13,6 @@ from checks import InputError, guard, integer, make_parser, number, warn
 import argparse
 import copy
 import re
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ import models
 from dataset import interventions
 from dataset.files import decode_all
 from explaining import attribution, faithfulness
-from reporting import figures, finished, inference, pages, run_folder
+from reporting import figures, finished, inference, pages, report, run_folder, terminal
 from reporting.tables import write_csv
 
 METHODS = ("gradient", "integrated-gradients", "grad-cam", "lime")
@@ -56,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("images").add_argument
     add("--images", nargs="+", metavar="FILE", help="explain these instead of test images")
     add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
+    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--per-class", type=integer(1), default=3,
         help="test images of each class, evenly spaced in path order (default 3)")
     add = parser.add_argument_group("methods").add_argument
@@ -84,9 +84,10 @@ def choose(test: finished.Predictions, per_class: int) -> dict[str, str]:
 
 
 def of_the_run(folder: Path, trained: inference.Trained, per_class: int,
-               place: str | None = None) -> list[Subject]:
+               place: str | None = None, cache: str | None = None) -> list[Subject]:
     """Test images of the run. Refuses data that changed; warns where predictions.csv differs."""
-    test, (_, images) = finished.read_predictions(folder), finished.load_images(folder, place)
+    test = finished.read_predictions(folder)
+    images = finished.load_images(folder, place, cache)[1]
     chosen, place = choose(test, per_class), {path: i for i, path in enumerate(images.paths)}
     pixels = images.pixels[[place[path] for path in chosen]]
     p = inference.probabilities(trained, pixels)
@@ -218,11 +219,11 @@ def verdict_table(found: dict) -> str:
         rows.append([
             method, "faithful" if m["faithful"] else "**not shown faithful**",
             "sensitive to the weights" if m["sensitive"] else "**not shown sensitive**",
-            *(pages.show(m[key]) for key in ("deletion_gain", "corner", "background")),
-            pages.show(m["rank_correlation"][-1]),
-            pages.show(m["jaccard"]) if "jaccard" in m else "–"])
-    rows.append(["(share of area)", "", "", "", pages.show(found["area"]["corner"]),
-                 pages.show(found["area"]["background"]), "", ""])
+            *(terminal.show(m[key]) for key in ("deletion_gain", "corner", "background")),
+            terminal.show(m["rank_correlation"][-1]),
+            terminal.show(m["jaccard"]) if "jaccard" in m else "–"])
+    rows.append(["(share of area)", "", "", "", terminal.show(found["area"]["corner"]),
+                 terminal.show(found["area"]["background"]), "", ""])
     return (f"n = {found['images']} images, predicted class; mean and 95 % interval over them.\n\n"
             + pages.markdown(["method", "deletion", "weights", "random − deletion area",
                                "share in the corner", "share on the brightest quarter",
@@ -259,14 +260,12 @@ def write_table(out: Path, subjects: list[Subject], founds: list[dict], checks: 
 
 def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject],
                  of_the_test: bool) -> None:
-    """report.md and explanations.json in `out`; of test images, the verdicts in the run's own
-    report.md too."""
+    """report.md in `out`; of test images, the verdicts in the run's own report.md too."""
     table = verdict_table(found)
     listed = "\n".join(f"- {s.path} ({s.chosen})" for s in subjects)
     drawn = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(out.glob("*.png")))
     pages.write_page(out, [f"# Explanations of {folder.name}", table, "## Images", listed,
                             "## Figures", drawn])
-    run_folder.write_json(out / "explanations.json", found)
     page = folder / "report.md"
     if page.exists() and of_the_test:
         before = page.read_text("utf-8", "surrogateescape").partition("\n\n## Explanations")[0]
@@ -287,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     if trained.image_size < faithfulness.GRID:
         raise InputError(f"images of {trained.image_size} pixels are too small to explain")
     subjects = given(args.images, trained) if args.images else \
-        of_the_run(folder, trained, args.per_class, args.data)
+        of_the_run(folder, trained, args.per_class, args.data, args.cache)
     founds, checks = [], []
     classify = partial(inference.probabilities, trained)
     with tqdm(total=len(subjects) + len(STAGES), desc="explaining", disable=None) as bar:
@@ -301,16 +300,14 @@ def main(argv: list[str] | None = None) -> None:
                                  [founds[i] for i in checked], args, bar)
     found = verdicts([checks[i] for i in checked], correlations, [subjects[i] for i in checked],
                      args)
-    out = run_folder.new_folder(None, str(folder / "explanations"))
-    try:
+    with run_folder.made(None, str(folder / "explanations")) as out:
         write_table(out, subjects, founds, checks, trained.classes)
-        figures.write(out, subjects, founds, trained.classes, METHODS)
-        write_report(folder, out, found, subjects, of_the_test=not args.images)
-    except BaseException:
-        shutil.rmtree(out)  # made by this very call
-        raise
-    print(verdict_table(found))
-    print(f"\nreport: {out}/report.md")
+        run_folder.write_json(out / "explanations.json", found)
+        with report.decoration(f"{out}/explanations.json"):
+            figures.write(out, subjects, founds, trained.classes, METHODS)
+            write_report(folder, out, found, subjects, of_the_test=not args.images)
+    print(verdict_table(found) + "\n")
+    report.print_place(out)
 
 
 if __name__ == "__main__":

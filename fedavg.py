@@ -170,8 +170,8 @@ def train_local(model: nn.Module, images: data.Images, indices: np.ndarray, reci
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(dropout_key)
             for positions in data.batch_slices(order, recipe.batch_size):
-                rows = owned[positions].to(device)
-                batch = data.train_batch(images, rows, recipe.augmentation, generator, device)
+                batch, rows = data.train_batch(images, owned[positions], recipe.augmentation,
+                                               generator, device)
                 loss, hits, stepped = train_step(model, batch, all_labels[rows], recipe, optimizer,
                                                  scaler, reference)
                 sums += torch.stack([loss.double() * len(rows), hits.double()])

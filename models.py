@@ -56,7 +56,8 @@ def build(name: str, num_classes: int, weights: str = "none", seed: int = 0,
         raise InputError(f"unknown model {name!r}; torchvision has resnet50, vgg16, "
                          "efficientnet_b0, mobilenet_v2, resnet18, ...")
     state = {} if weights == "none" else load_weights(name, weights, num_classes, classes)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torchvision's, of networks refused below
         torch.manual_seed(seed)
         model = torchvision.models.get_model(name, weights=None)
         head = head_name(model)
@@ -268,18 +269,21 @@ def pooled_batchnorm(state: State, moments: State) -> State:
 
 
 def check_size(model: nn.Module, size: int, batch_size: int = 2) -> None:
-    """Raise InputError where the network cannot take, or not train on, images of size × size."""
+    """Raise InputError where the network cannot take, or not train on, images of size × size.
+    Shapes alone are computed, on a copy: no size needs memory."""
+    model, image = copy.deepcopy(model).to("meta"), torch.zeros(1, 3, size, size, device="meta")
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size))
+            model.eval()(image)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"--image-size {size} does not suit {type(model).__name__}: "
                          f"{reason}") from None
     if batch_size == 1 and needs_batch(model):
+        train_mode(model)
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                copy.deepcopy(model).train()(torch.zeros(1, 3, size, size))
+            with torch.no_grad():
+                model(image)
         except ValueError:  # one value a channel has no variance
             raise InputError(f"--batch-size 1 does not suit BatchNorm in {type(model).__name__} at "
                              f"{size} pixels: larger batches, or larger images") from None

@@ -28,7 +28,7 @@ import data
 import models
 from dataset import interventions, table
 from dataset.files import CLASS_NAMES, decode_all, find_files
-from reporting import finished, inference, metrics, pages, run_folder, tables
+from reporting import finished, inference, metrics, run_folder, tables, terminal
 
 MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
 
@@ -229,9 +229,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(files) - len(bad)} images to {out}" + (f", temperature {t:.3f}" if t != 1 else ""))
     if figures is not None:
         unlabelled = len(files) - len(bad) - figures["n"]
-        pages.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[
-            figures["n"], pages.show(figures["accuracy"]),
-            *(pages.show(figures[k]) for k in ("macro_f1", "kappa", "roc_auc", "loss", "ece"))]])
+        terminal.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[
+            figures["n"], terminal.show(figures["accuracy"]),
+            *(terminal.show(figures[k]) for k in ("macro_f1", "kappa", "roc_auc", "loss", "ece"))]])
         print(f"all figures: {out.with_suffix('.json')}"
               + (f"; {unlabelled} images without a class folder left out" if unlabelled else ""))
     for i, reason in sorted(bad.items()):

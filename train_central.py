@@ -19,7 +19,7 @@ import data
 import fedavg
 import models
 from dataset import splits
-from reporting import report, run_folder, tables
+from reporting import run_folder, tables, terminal
 from training import evaluation, experiment
 from training.processes import Job
 from training.recipe import DEMONSTRATION
@@ -104,7 +104,7 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
     `client_id` draws in round 1, so that one round of one client is the same run. Raises
     FloatingPointError where the weights stop being finite.
     """
-    if (folder / "results.json").exists():
+    if (folder / "report.md").exists():
         return
     model, images = run.model, run.images
     measured = evaluation.Evaluation(model, images, split)
@@ -137,9 +137,10 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
         seen = len(split["val"]) and epoch % args.period == 0
         tally = measured.tally("val", state) if seen else [0, 0, 0.0]
         history.append(make_record(epoch, lr, record, tally, seconds))
-        report.print_epoch(history[-1], args.epochs)
+        terminal.print_epoch(history[-1], args.epochs)
         checkpoint = make_checkpoint(epoch, state, history, trainer)
         evaluation.save_progress(folder, args, model, images.classes, checkpoint)
+    from reporting import report  # here: what it needs would only delay the first epoch
     report.print_summary(folder, evaluation.finish(folder, args, measured, checkpoint))
 
 
@@ -171,6 +172,7 @@ def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experime
         print(f"---- {name}: {len(split['train'])} training, {len(split['val'])} validation, "
               f"{len(split['test'])} test images", flush=True)
         train_alone(args, part, run, split, start, client_id)
+    from reporting import report
     titles = run.images.titles(run.clients) if args.local_only else []
     report.pool_folds(folder, run.images, {name: split for name, split, _ in parts},
                      {f"client{k}": title for k, title in enumerate(titles)})
@@ -182,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = run_folder.begin(args, "central", run.images, run.device)
     with run_folder.resumable(folder):
         print(f"run folder: {folder}; {args.model} on {run.device}")
-        run.images.pixels = run.images.pixels.to(run.device)  # once; batches are gathered there
+        data.keep_on(run.images, run.device)
         if args.local_only:
             tables.write_split(folder, run.images, run.several[""], run.clients)
             train_parts(args, folder, run, parts)

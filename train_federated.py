@@ -23,7 +23,7 @@ import data
 import fedavg
 import models
 from dataset import parts
-from reporting import report, run_folder
+from reporting import run_folder, terminal
 from training import evaluation, experiment, processes
 from training.recipe import DEMONSTRATION
 from training.recipe import add_arguments as add_recipe_arguments
@@ -100,7 +100,7 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
         seconds = time.perf_counter() - began
         tally = job.total("tally", measured.tally("val", state, local_bn))
         history.append(make_record(round_index, recipe.lr, records, tally, seconds))
-        report.print_round(history[-1], args.rounds, images.titles(clients))
+        terminal.print_round(history[-1], args.rounds, images.titles(clients))
         checkpoint = {"round": round_index, "state": models.moved(state, "cpu"), "history": history,
                       "local_bn": {k: models.moved(s, "cpu") for k, s in local_bn.items()}}
         if folder is not None:
@@ -115,7 +115,7 @@ def recalibrate(job: processes.Job, model: torch.nn.Module, state: models.State,
     def moments(k: int) -> fedavg.Update:
         mixed = torch.from_numpy(np.random.default_rng(k).permutation(clients[k]))  # classes too
         found = models.batchnorm_moments(model, state, (
-            data.eval_batch(images, rows, images.pixels.device)
+            data.eval_batch(images, rows, next(model.parameters()).device)
             for rows in data.batch_slices(mixed, data.EVAL_BATCH)))
         return fedavg.Update(k, len(clients[k]), found, {})
     average = fedavg.WeightedAverage()

@@ -69,33 +69,29 @@ class Case:
 def refused(arguments: dict) -> dict[str, str]:
     """Attack → why these arguments of a run do not allow a statement."""
     split, partition = arguments["split"], arguments.get("partition")
-    reason = (
-        "hospitals with images of their own (--site-data): nobody has all images"
-        if arguments.get("site_data") else
-        "--bn local: every hospital has a network of its own, and there is none of all"
-        if arguments["bn"] == "local" else
-        "the split was given: nobody knows whether training and test images are alike"
-        if split == "given" else
-        "--split stratified80: the test part has also chosen the model"
-        if split == "stratified80" else
-        f"--split {split}: training and test images differ in more than having been trained on"
-        if split not in ("random", "stratified") else "")
-    if reason:
-        return dict.fromkeys(ATTACKS, reason)
-    reason = (
-        "central training: there are no hospitals" if "rounds" not in arguments else
-        f"--partition {partition}: images of one hospital differ from the test images in more than "
-        "having been trained on" if partition not in EXCHANGEABLE else
-        "there is no other hospital" if arguments["clients"] == 1 else "")
-    if reason:
-        return dict.fromkeys(ATTACKS[1:], reason)
-    if max(1, round(arguments["fraction"] * arguments["clients"])) == 1:
-        return dict.fromkeys(ATTACKS[2:], "--fraction: a round has one update and none beside it")
+    clients, other = arguments.get("clients") or 0, "differ in more than having been trained on"
+    for holds, attacks, reason in (
+            (arguments.get("site_data"), ATTACKS,
+             "hospitals with images of their own (--site-data): nobody has all images"),
+            (arguments["bn"] == "local", ATTACKS,
+             "--bn local: every hospital has a network of its own, and there is none of all"),
+            (split == "stratified80", ATTACKS,
+             "--split stratified80: the test part has also chosen the model"),
+            (split not in ("random", "stratified"), ATTACKS,
+             f"--split {split}: training and test images {other}"),
+            ("rounds" not in arguments, ATTACKS[1:], "central training: there are no hospitals"),
+            (partition not in EXCHANGEABLE, ATTACKS[1:],
+             f"--partition {partition}: images of one hospital and test images {other}"),
+            (clients == 1, ATTACKS[1:], "there is no other hospital"),
+            (round(arguments.get("fraction", 1) * clients) <= 1, ATTACKS[2:],
+             "--fraction: a round has one update, and none beside it")):
+        if holds:
+            return dict.fromkeys(attacks, reason)
     return {}
 
 
-def prepare(folder: Path, alone: Path | None, replay: bool, place: str | None = None,
-            device: str = "auto") -> Case:
+def prepare(folder: Path, alone: str | None, replay: bool, place: str | None = None,
+            device: str = "auto", cache: str | None = None) -> Case:
     """Build the run of `folder` anew and check it. alone: a run of its hospitals, each alone.
     place: where the images are now. Raises InputError for what is no such run, for other images,
     and where flags and split.csv do not agree."""
@@ -109,7 +105,7 @@ def prepare(folder: Path, alone: Path | None, replay: bool, place: str | None = 
     if arguments.get("local_only"):
         raise InputError(f"{folder}: hospitals alone; audit the run that it is like, with --alone")
     folds = arguments.get("folds", 1) > 1
-    case.args = finished.read_arguments(folder / "fold1" if folds else folder, place)
+    case.args = finished.read_arguments(folder / "fold1" if folds else folder, place, cache)
     case.args.device = device
     try:
         case.run = experiment.prepare(case.args, Job(), {})
@@ -121,7 +117,7 @@ def prepare(folder: Path, alone: Path | None, replay: bool, place: str | None = 
     if not replay:
         case.why = dict.fromkeys(ATTACKS[2:], "not asked for (--replay 0)") | case.why
     if "A2" not in case.why and alone is not None:
-        case.alone = check_alone(alone, case)
+        case.alone = check_alone(Path(alone), case)
     elif "A2" not in case.why:
         case.why["A2"] = ("needs the models that the hospitals train alone: python "
                           f"train_central.py --like {folder} --local-only, then --alone with its "
@@ -180,7 +176,7 @@ def measure(case: Case, groups: np.ndarray) -> dict:
     if case.run is None:
         return out | {"parts": {}}
     run = case.run
-    run.images.pixels = run.images.pixels.to(run.device)
+    data.keep_on(run.images, run.device)
     start = models.moved(run.model.state_dict(), run.device)  # the network before training
     images = sum(len(split[part]) for split in run.several.values() for part in ("train", "test"))
     rounds = 0 if "A3" in case.why else 2 * len(sampled(case, 1))  # updates to replay

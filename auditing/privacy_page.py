@@ -8,7 +8,8 @@ import numpy as np
 from scipy.stats import betabinom
 
 from reporting import figures
-from reporting.pages import markdown, show, write_page
+from reporting.pages import markdown, write_page
+from reporting.terminal import show
 
 WHO = {"A1": "whoever holds the final model", "A2": "the other hospitals together",
        "A3": "the server, from one round", "A4": "the server: whose image"}
@@ -153,6 +154,8 @@ def plot_membership(result: dict, path: Path) -> None:
         roc.plot([1e-6, 1], [1e-6, 1], color="grey", lw=0.8, ls="--", label="chance")
         roc.set(xlabel="false positive rate (hatched: below 1/n, not resolvable)",
                 ylabel="true positive rate")
+        for axis in (roc.xaxis, roc.yaxis):
+            axis.set_major_formatter("{x:g}")  # figures.py draws text as it is, no mathematics
         roc.legend(fontsize=7, loc="lower right")
         for i, (_, figure, null) in enumerate(rows):
             aucs.errorbar(figure["value"], i, fmt="o", ms=4, color="0.6" if null else "C0",
@@ -160,6 +163,7 @@ def plot_membership(result: dict, path: Path) -> None:
                                 [max(figure["high"] - figure["value"], 0)]])
         aucs.axvline(0.5, color="grey", lw=0.8, ls="--")
         aucs.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=7)
+        aucs.yaxis.tick_right()
         aucs.set(xlabel="AUC within class (95 %), nulls in grey")
 
 
@@ -170,7 +174,7 @@ def plot_server(result: dict, path: Path) -> None:
     if not rounds:
         return
     with figures.drawing(path, 4.6 * len(rounds), 4.2, columns=len(rounds)) as axes:
-        for axis, one in zip(np.atleast_1d(axes), rounds, strict=True):
+        for number, (axis, one) in enumerate(zip(np.atleast_1d(axes), rounds, strict=True)):
             counts = np.array(one["A4"]["matrix"])
             share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
             axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -179,8 +183,9 @@ def plot_server(result: dict, path: Path) -> None:
                           color="white" if share[i, j] > 0.5 else "black")
             names = [result["names"][k] for k in one["hospitals"]]
             axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-            axis.set_yticks(range(len(names)), names)
-            axis.set(xlabel="attributed to", ylabel="image of", title=f"round {one['round']}")
+            axis.set_yticks(range(len(names)), names if number == 0 else [])
+            axis.set(xlabel="attributed to", ylabel="image of" if number == 0 else "",
+                     title=f"updates of round {one['round']}")
 
 
 def write(folder: Path, result: dict) -> None:

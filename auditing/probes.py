@@ -75,7 +75,10 @@ def features(images: Images) -> dict[str, np.ndarray]:
 
 def fit_predict(x: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray,
                 kind: str = "rbf-svm") -> np.ndarray:
-    """Predictions int [len(test)] of the probe's classifier fitted on the training part."""
+    """Predictions int [len(test)] of the probe's classifier fitted on the training part; where that
+    has one class, this class."""
+    if len(known := np.unique(labels[train])) == 1:
+        return np.repeat(known, len(test))
     return make_classifier(kind).fit(x[train], labels[train]).predict(x[test])
 
 

@@ -33,6 +33,7 @@ import fedavg
 import models
 from dataset import synthetic
 from dataset.augment import Augmentation
+from dataset.files import CLASSES
 
 CLIENTS, ROUND_STEPS = 4, 20  # of the round that averaging is a share of
 
@@ -40,7 +41,7 @@ CLIENTS, ROUND_STEPS = 4, 20  # of the round that averaging is a share of
 def draw_folder(folder: Path, count: int, size: int) -> Path:
     """`count` synthetic smears as JPEG files in ImageFolder's layout."""
     for i in range(count):
-        name = data.CLASSES[i % 4]
+        name = CLASSES[i % 4]
         (folder / name).mkdir(exist_ok=True)
         pixels = synthetic.draw_one(name, size, np.random.default_rng(i))
         Image.fromarray(pixels).save(folder / name / f"{i}.jpg", quality=90)

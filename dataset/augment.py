@@ -45,8 +45,8 @@ def draw_parameters(n: int, ranges: Augmentation, generator: torch.Generator) ->
 
 
 def augment(images: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """Float images [n, 3, H, W] in 0..1 → the same shape and range, one row of `p` an image."""
-    p = {name: value.to(images.device) for name, value in p.items()}
+    """Float images [n, 3, H, W] in 0..1 → the same shape and range, one row of `p` an image, on
+    their device."""
     images = warp(images, p["angle"], p["flip"], p["shift_x"], p["shift_y"])
     images = adjust_brightness(images, p["brightness"])
     images = adjust_contrast(images, p["contrast"])

@@ -22,6 +22,7 @@ CLASS_NAMES = {"benign": "Benign", "early": "Early", "pre": "Pre", "pro": "Pro",
 # Every format that Pillow opens, less those for which it only has a stub without a decoder.
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in Image.OPEN and kind not in ("BUFR", "FITS", "GRIB", "HDF5", "MPEG", "WMF")}
+AHEAD = 2**24  # bytes of pixels that are decoded before the first of them must have been used
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
          "dev": "val", "test": "test", "testing": "test"}  # words for the parts of a given split
 Image.MAX_IMAGE_PIXELS = int(os.environ.get("MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS))
@@ -227,4 +228,6 @@ def decode_all(files: list[Path], size: int) -> Iterator[tuple | str]:
             return " ".join(str(error).replace(str(path), "it").split())
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield from pool.map(work, files)
+        ahead = max(os.cpu_count() or 1, AHEAD // (3 * size * size))
+        for start in range(0, len(files), ahead):
+            yield from pool.map(work, files[start:start + ahead])

@@ -10,14 +10,6 @@ import re
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import (
-    KFold,
-    StratifiedGroupKFold,
-    StratifiedKFold,
-    train_test_split,
-)
 
 SPLITS = ("random", "stratified", "stratified80", "grouped", "blocked")
 FOLDS = ("stratified", "random", "grouped", "blocked")  # of k-fold cross-validation
@@ -65,6 +57,7 @@ def make_split(kind: str, labels: np.ndarray, seed: int, *, paths: list[str] | N
 
 
 def _stratified(indices: np.ndarray, labels: np.ndarray, size: float, seed: int):
+    from sklearn.model_selection import train_test_split  # here: most runs need none
     try:
         return train_test_split(indices, test_size=size, stratify=labels[indices],
                                 random_state=seed)
@@ -128,7 +121,9 @@ def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_va
                              f"{'groups' if kind == 'grouped' else 'images'} of class number {c}")
     if kind == "blocked":
         return [_blocked_fold(labels, paths, folds, k, inner_val) for k in range(folds)]
-    family = {"random": KFold, "stratified": StratifiedKFold, "grouped": StratifiedGroupKFold}[kind]
+    from sklearn import model_selection
+    family = {"random": model_selection.KFold, "stratified": model_selection.StratifiedKFold,
+              "grouped": model_selection.StratifiedGroupKFold}[kind]
     splitter = family(folds, shuffle=True, random_state=seed)
     out = []
     for rest, test in splitter.split(labels, labels, units if kind == "grouped" else None):
@@ -139,10 +134,12 @@ def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_va
         elif inner_val and kind == "stratified":
             train, val = _stratified(rest, labels, inner_val, seed)
         elif inner_val:
-            train, val = train_test_split(rest, test_size=inner_val, random_state=seed)
+            train, val = model_selection.train_test_split(rest, test_size=inner_val,
+                                                          random_state=seed)
         out.append({"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)})
     if inner_val and not all(len(fold["val"]) for fold in out):
-        raise InputError(f"an inner validation share of {inner_val:g} is no image")
+        raise InputError(f"--inner-val {inner_val:g} leaves a fold without a validation image: "
+                         f"{'no group is so small' if kind == 'grouped' else 'too few images'}")
     return out
 
 
@@ -202,6 +199,8 @@ def numbered(values: np.ndarray) -> np.ndarray:
 def joined(several: list[np.ndarray]) -> np.ndarray:
     """int64 [n]: equal numbers for images that any of these numberings joins, directly or over
     others. Each is int64 [n]."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
     n = len(several[0])
     ends = np.concatenate([np.stack([np.arange(n), n * (1 + k) + numbers])
                            for k, numbers in enumerate(several)], 1)

@@ -13,13 +13,14 @@ import models
 
 
 def table(model: nn.Module, size: int) -> list[tuple[str, str, int, int]]:
-    """(module, output shape, parameters, trainable parameters) of each top-level module."""
+    """(module, output shape, parameters, trainable parameters) of each top-level module.
+    Shapes alone are computed: `model` is left without its weights."""
     shapes: dict[nn.Module, tuple] = {}
     hooks = [module.register_forward_hook(
         lambda module, _inputs, output: shapes.__setitem__(module, tuple(output.shape[1:])))
         for module in model.children()]
     with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, size, size))
+        model.eval().to("meta")(torch.zeros(1, 3, size, size, device="meta"))
     for hook in hooks:
         hook.remove()
     return [(name, str(shapes.get(module, "-")), sum(p.numel() for p in module.parameters()),

@@ -17,6 +17,7 @@ from sklearn.metrics import roc_curve
 
 from dataset.images import Images
 from dataset.interventions import INTERVENTIONS, apply
+from models import write_whole
 
 ROWS = 8  # of one page
 matplotlib.rcParams["text.parse_math"] = False  # a class may have "$" in its name
@@ -53,7 +54,8 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
             axis.set_ticks(axis.get_ticklocs(), list(map(clean, labels)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figure.savefig(path, dpi=dpi, bbox_inches="tight")
+        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi,
+                                                      bbox_inches="tight"))
     if any("missing from" in str(w.message) for w in caught):
         say_missing(matplotlib.rcParams["font.family"][0])
 

@@ -5,20 +5,7 @@ from pathlib import Path
 
 from dataset.files import CLASSES
 from reporting.run_folder import write_text
-
-
-def show(figure: dict | float | None, digits: int = 4) -> str:
-    """A number; {"value", "low", "high"} as `0.9938 (0.9778–0.9983)`, {"mean", "sd", "n"} as
-    `0.9815 ± 0.0031`; None as a dash."""
-    if not isinstance(figure, dict):
-        return "–" if figure is None else f"{figure:.{digits}f}"
-    if figure.get("value", figure.get("mean")) is None:
-        return "–"
-    if "mean" in figure:
-        return show(figure["mean"]) + ("" if figure["sd"] is None else f" ± {show(figure['sd'])}")
-    if figure["low"] is None:
-        return f"{show(figure['value'])} (no interval)"
-    return f"{show(figure['value'])} ({show(figure['low'])}–{show(figure['high'])})"
+from reporting.terminal import show
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
@@ -50,13 +37,6 @@ def best_colour_row(results: dict, kind: str) -> dict:
     the list where nothing validates."""
     rows = [row for row in results["colour_only"] if row["features"] == kind]
     return max(rows, key=lambda row: row["val"]["value"] or 0)
-
-
-def print_table(header: list[str], rows: list[list]) -> None:
-    """Aligned columns on stdout."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        print("  ".join(str(x).ljust(w) for x, w in zip(row, widths, strict=True)).rstrip())
 
 
 def print_colour(results: dict) -> None:

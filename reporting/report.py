@@ -18,48 +18,37 @@ from dataset.splits import Split, count_twins
 from reporting import figures, metrics, pages
 from reporting.baselines import colour_only
 from reporting.finished import read_predictions
-from reporting.pages import markdown, show
+from reporting.pages import markdown
 from reporting.run_folder import read_history, read_json, read_run, write_json
 from reporting.tables import write_predictions
+from reporting.terminal import print_table, show
 
 NETWORK = ("data", "synthetic", "fingerprint", "model")  # what all parts of a run have in common
 
 
 @contextmanager
 def decoration(file: str = "results.json") -> Iterator[None]:
-    """Around all that only decorates a run: where it fails, one line says so and work goes on.
-    file: where every figure stands, written before."""
+    """Around all that only decorates a result: where it fails, one line says so and work goes on.
+    file: where the figures stand, written before."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever a figure or a table can raise
-        warn(f"WARNING: the report is not complete ({type(error).__name__}: {error}); every figure "
-             f"stands in {file}")
-
-
-def print_epoch(record: dict, total: int, unit: str = "epoch") -> None:
-    """The line of an epoch, or of a round; null figures are dashes."""
-    print(f"{unit} {record[unit]}/{total}: train loss {show(record['train_loss'])}, val loss "
-          f"{show(record['val_loss'])}, val accuracy {show(record['val_accuracy'])}, lr "
-          f"{record['lr']:g}, {record['images_per_second']:.1f} images/s", flush=True)
-
-
-def print_round(record: dict, rounds: int, names: list[str]) -> None:
-    """A line for each client of the round, then one for the round. names: of all clients."""
-    for c in record["clients"]:
-        norm = "not finite, left out" if c["left_out"] else show(c["update_norm"], 3)
-        name = c.get("site", names[c["client"]])
-        print(f"  {name}: {c['num_examples']} images, "
-              f"{c['steps']} steps, loss {show(c['loss'])}, accuracy {show(c['accuracy'], 3)}, "
-              f"update norm {norm}, skipped {show(c['skipped_steps'], 0)}")
-    print_epoch(record, rounds, "round")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        warn(f"WARNING: the report is not complete ({reason}); every figure stands in {file}")
 
 
 def print_summary(folder: Path, results: dict) -> None:
     """The table at the end of a run."""
     unit = "round" if "round" in results["best"] else "epoch"
-    pages.print_table(pages.SUMMARY, pages.summary_rows(results, unit))
+    print_table(pages.SUMMARY, pages.summary_rows(results, unit))
     pages.print_colour(results)
-    print(f"report: {folder}/report.md")
+    print_place(folder)
+
+
+def print_place(folder: Path) -> None:
+    """Where the report stands, if it could be written."""
+    if (folder / "report.md").exists():
+        print(f"report: {folder}/report.md")
 
 
 def budget(records: list[dict]) -> dict:
@@ -183,8 +172,12 @@ def pool_folds(folder: Path, images: Images, several: dict[str, Split],
                            for name, s in several.items()})
         drawn = logits, images.labels.numpy()[indices]
     write_json(folder / "results.json", results)
+    print_table(pages.MEMBERS, pages.member_rows(results))
+    if drawn is not None:
+        pages.print_colour(results)
     with decoration():
         draw_pooled(folder, results, images, several, drawn)
+    print_place(folder)
     return results
 
 
@@ -201,8 +194,8 @@ def pooled_colour(members: list[dict]) -> list[dict]:
 
 def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, Split],
                 drawn: tuple[np.ndarray, np.ndarray] | None) -> None:
-    """Figures and report.md of `pool_folds`; the table on the terminal. drawn: logits [n, C] and
-    labels [n] of the pooled test parts, where they are disjoint."""
+    """Figures and report.md of `pool_folds`. drawn: logits [n, C] and labels [n] of the pooled test
+    parts, where they are disjoint."""
     splits, rows = list(several.values()), pages.member_rows(results)
     figures.plot_curves([read_history(folder / name) for name in several], folder / "curves.png")
     run, colour = read_run(folder), "what the report of each part says"
@@ -210,7 +203,6 @@ def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, 
     sections = [pages.head(folder, run, results), *unit_sections(images, splits, test),
                 markdown(pages.MEMBERS, rows),
                 "Each row is a run in the folder of that name, with a report of its own."]
-    pages.print_table(pages.MEMBERS, rows)
     if drawn is not None:
         figures.plot_confusion(test["confusion"], run["classes"], "out of fold",
                                folder / "confusion.png")
@@ -219,11 +211,9 @@ def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, 
                       "overlap. The interval is that of the pooled predictions."),
                      pages.class_table(test, "pooled, out of fold"), pages.colour_table(results)]
         colour = show(pages.best_colour_row(results, "statistics")["test"])
-        pages.print_colour(results)
     twins = sum(count_twins(images.digests, s["test"], s["train"]) for s in splits)
     n = sum(m["n"] for m in results["members"])
     pages.write_page(folder, [*sections, pages.tail(folder, run, twins, n, colour)])
-    print(f"report: {folder}/report.md")
 
 
 def write_sites(folder: Path, results: dict, told: dict, history: list[dict],
@@ -240,29 +230,31 @@ def write_sites(folder: Path, results: dict, told: dict, history: list[dict],
                             for c, x in zip(counts, losses, strict=True)]}
     results |= {"colour_only": [], **budget(history)}
     write_json(folder / "results.json", results)
+    print_table(pages.SUMMARY, pages.summary_rows(results))
+    header = ["site", *pages.CLIENTS]
+    rows = pages.client_rows(results["best"]["test"]["clients"], results["sites"])
+    print_table(header, rows)
     with decoration():
-        draw_sites(folder, results, history, classes)
+        draw_sites(folder, results, history, classes, markdown(header, rows))
+    print_place(folder)
 
 
-def draw_sites(folder: Path, results: dict, history: list[dict], classes: list[str]) -> None:
-    """Figures and report.md of `write_sites`; the tables on the terminal."""
+def draw_sites(folder: Path, results: dict, history: list[dict], classes: list[str],
+               table: str) -> None:
+    """Figures and report.md of `write_sites`. table: Markdown, a row for each hospital."""
     test, run = results["best"]["test"], read_run(folder)
     figures.plot_curves([history], folder / "history.png", "round", results["best"]["round"])
     figures.plot_confusion(test["confusion"], classes, "best model, test parts of all sites",
                            folder / "confusion.png")
-    header, rows = ["site", *pages.CLIENTS], pages.client_rows(test["clients"], results["sites"])
     pages.write_page(folder, [
         f"# {folder.name}",
         (f"Sites: {results['data']}. {results['images_seen']} training passes in "
          f"{results['optimizer_steps']} optimiser steps, commit {run['git']}."),
         "## Results", "Best = lowest validation loss pooled over sites, the earliest on ties.",
         markdown(pages.SUMMARY, pages.summary_rows(results)),
-        "### Each site on its own test part (best model)", markdown(header, rows),
+        "### Each site on its own test part (best model)", table,
         pages.class_table(test, "best model, test parts of all sites"),
         ("Intervals assume independent images. Each site's predictions stay in its own folder; "
          "what crossed between sites, and what that does not protect, stands in SECURITY.md. "
          "Research and teaching only, not a medical device."),
         pages.figures_and_settings(folder, run)])
-    pages.print_table(pages.SUMMARY, pages.summary_rows(results))
-    pages.print_table(header, rows)
-    print(f"report: {folder}/report.md")

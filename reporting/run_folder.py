@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,7 @@ try:
 except ImportError:  # Windows has no such lock
     fcntl = None
 
-UNRECORDED = ("resume", "out", "timeout", "argv")  # arguments that say where, not what
+UNRECORDED = ("resume", "out", "timeout", "argv", "cache")  # arguments that say where, not what
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +90,8 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path.parent}: not a run folder, it has no {path.name}") from None
     except ValueError:
         raise InputError(f"{path}: damaged, not JSON") from None
-    if not isinstance(content, dict) or path.name == "run.json" and "arguments" not in content:
+    needed = {"run.json": "arguments", "results.json": "fingerprint"}.get(path.name)
+    if not isinstance(content, dict) or needed and needed not in content:
         raise InputError(f"{path}: not written by a run of this project")
     return content
 
@@ -144,6 +146,17 @@ def new_folder(out: str | None, default: str) -> Path:
                                  ) from None
 
 
+@contextmanager
+def made(out: str | None, default: str) -> Iterator[Path]:
+    """The folder that one call makes and fills; gone again if the work fails or is stopped."""
+    folder = new_folder(out, default)
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder)  # made by this very call
+        raise
+
+
 def write_run(folder: Path, args: argparse.Namespace, script: str, images: Images,
               device: torch.device, part_of: str | None = None) -> None:
     """Write run.json: everything that made the run what it is. part_of: the name of the larger
@@ -168,8 +181,9 @@ def begin(args: argparse.Namespace, script: str, images: Images, device: torch.d
     if not writes:  # another process of the job does
         return None
     if args.resume is None:
-        folder = new_folder(args.out, f"runs/{script}-{args.model}-{images.name}-seed{args.seed}")
-        write_run(folder, args, script, images, device)
+        name = f"runs/{script}-{args.model}-{images.name}-seed{args.seed}"
+        with made(args.out, name) as folder:
+            write_run(folder, args, script, images, device)
         return folder
     run = check_images(Path(args.resume), images)
     for key, value in machine(device).items():
@@ -206,9 +220,10 @@ def start_or_resume(folder: Path, images: Images, split: Split, clients: list[np
 
 @contextmanager
 def resumable(folder: Path | None) -> Iterator[None]:
-    """Ctrl-C and lost weights end a run with one line that says what is kept and how to go on.
+    """Ctrl-C, a full disk and lost weights end a run with one line that says how to go on.
     While it lasts the folder is locked: InputError for a second process that wants to write there.
     The lock is the operating system's own, so that a kill releases it."""
+    hint = folder and f"go on with: python {read_run(folder)['script']} --resume {folder}"
     with ExitStack() as stack:
         if folder is not None and fcntl is not None:
             descriptor = os.open(folder, os.O_RDONLY)
@@ -221,9 +236,10 @@ def resumable(folder: Path | None) -> Iterator[None]:
             yield
         except KeyboardInterrupt:
             if folder is not None:
-                script = read_run(folder)["script"]
-                warn(f"\nstopped; go on with: python {script} --resume {folder}")
+                warn(f"\nstopped; {hint}")
             raise SystemExit(130) from None
+        except OSError as error:  # a full disk, say
+            raise InputError(f"{error}" + (f"; {hint}" if folder else "")) from None
         except FloatingPointError as error:
             if folder is not None:
                 warn(f"{error}; the last good state is kept in {folder}")

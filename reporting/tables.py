@@ -52,10 +52,12 @@ def read_split(folder: Path, images: Images) -> tuple[Split, list[np.ndarray], l
     try:
         with open(folder / "split.csv", **CSV) as file:
             rows = {row["path"]: row for row in csv.DictReader(file)}
+        parts = [rows[path]["split"].split("+") for path in images.paths]
+        owners = np.array([rows[path]["client"] for path in images.paths])
     except FileNotFoundError:
         raise InputError(f"{folder}: not a run of one network, it has no split.csv") from None
-    parts = [rows[path]["split"].split("+") for path in images.paths]
-    owners = np.array([rows[path]["client"] for path in images.paths])
+    except (KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{folder}/split.csv: damaged ({error})") from None
     split = {name: np.flatnonzero([name in part for part in parts])
              for name in ("train", "val", "test")}
     names = sorted(set(owners[split["train"]].tolist()) - {""}, key=by_name)

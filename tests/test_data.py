@@ -138,9 +138,10 @@ def test_validation_is_never_augmented_and_the_source_survives():
     index = torch.tensor([3, 3, 1])
     first, second = (data.eval_batch(images, index, CPU) for _ in range(2))
     assert torch.equal(first, second) and torch.equal(first[0], first[1])
-    train = data.train_batch(images, index, Augmentation(), torch.Generator(), CPU)
+    train, rows = data.train_batch(images, index, Augmentation(), torch.Generator(), CPU)
+    assert torch.equal(rows, index)
     assert not torch.equal(train, first) and not torch.equal(train[0], train[1])
-    assert torch.equal(data.train_batch(images, index, None, torch.Generator(), CPU), first)
+    assert torch.equal(data.train_batch(images, index, None, torch.Generator(), CPU)[0], first)
     assert torch.equal(images.pixels, before)
     expected = images.pixels[[3, 3, 1]].float() / 255
     torch.testing.assert_close(data.gather(images, index, CPU), expected, rtol=0, atol=1e-7)

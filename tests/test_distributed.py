@@ -4,24 +4,30 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import BASE, ROOT, Process, equal, same_run, script, write_tree
+from helpers import (
+    BASE,
+    ROOT,
+    Process,
+    equal,
+    ranks,
+    same_run,
+    script,
+    torchrun,
+    write_tree,
+)
 
 import models
 import train_federated
 from reporting import provenance
 from training.processes import Job
 
-ONE = {"OMP_NUM_THREADS": "1"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SCRIPT = ROOT / "train_federated.py"
 CODE = [p.relative_to(ROOT).as_posix() for room in ("", *provenance.ROOMS)
         for p in sorted((ROOT / room).glob("*.py"))]
@@ -29,27 +35,9 @@ CHANGED = {Path(name).parent: name for name in CODE}.values()  # one file at the
 SITE = [x for x in BASE if x not in ("--rounds", "3")] + ["--rounds", "2"]
 
 
-def torchrun(count, *arguments, program=SCRIPT):
-    command = [*TORCHRUN, "--nproc-per-node", str(count), str(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False,
-                          env=os.environ | ONE)
-
-
 def ours(text):
     """Our own lines among torchrun's on stderr."""
     return [x for x in text.splitlines() if x.startswith("train_federated.py:")]
-
-
-def ranks(count, arguments, users=None, program=SCRIPT):
-    """The processes of a job without torchrun, each with arguments (and a user) of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    jobs = [Process(program, arguments[rank], cwd="/", threads=1, env={
-        "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOME": "/nonexistent",
-        "SITE_USER": str(users[rank]) if users else ""}) for rank in range(count)]
-    return [job.wait() for job in jobs]
 
 
 @pytest.fixture(scope="module")
@@ -168,41 +156,64 @@ def rank_processes(rank, word):
     return found
 
 
-def kill_after_first_round(tree, out, rank, *launch):
-    """A job whose process `rank` is killed in round 2; (stderr, exit code, seconds to the end)."""
-    command = [*TORCHRUN, "--nproc-per-node", "2", *launch, str(ROOT / "train_federated.py"),
-               "--data", str(tree), *BASE, "--local-epochs", "6", "--out", str(out)]
-    with subprocess.Popen(command, env=os.environ | ONE, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as job:
-        deadline = time.monotonic() + 120
-        while not (out / "history.jsonl").exists() or not (out / "history.jsonl").stat().st_size:
-            assert time.monotonic() < deadline and job.poll() is None
+# A command of torchrun that knows the toy network and takes its time, so that it can be killed.
+SLOW = f"""
+import runpy, sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import helpers, fedavg
+original = fedavg.train_local
+def slow(*args):
+    time.sleep(0.5)
+    return original(*args)
+fedavg.train_local = slow
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+def kill_round_by_round(tree, out, victims, *launch):
+    """A job under torchrun of which one process after another is killed, in round 2, in round 3;
+    (stderr, exit code)."""
+    program = out.parent.with_name("program") / "train_federated.py"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(SLOW)
+    job = torchrun(2, *launch, program, "--data", tree, *BASE, "--out", out)
+    deadline, lines = time.monotonic() + 120, out / "history.jsonl"
+    for rounds, rank in enumerate(victims, 1):
+        while not lines.exists() or lines.read_text().count("\n") < rounds:
+            assert time.monotonic() < deadline and job.process.is_alive()
             time.sleep(0.05)
-        victims = rank_processes(rank, str(out))
-        assert len(victims) == 1
-        os.kill(victims[0], signal.SIGKILL)
-        _, errors = job.communicate(timeout=240)
+        (found,) = rank_processes(rank, str(out))
+        os.kill(found, signal.SIGKILL)
+    done = job.wait()
     assert not rank_processes(0, str(out)) and not rank_processes(1, str(out))  # no orphan
-    return errors, job.returncode
+    return done.stderr, done.returncode
 
 
 def test_a_killed_process_ends_the_job_with_one_line_and_it_resumes(tree, alone, tmp_path):
-    out = tmp_path / "run"
-    errors, code = kill_after_first_round(tree, out, 1)
+    out = tmp_path / "here" / "run"
+    errors, code = kill_round_by_round(tree, out, [1])
     assert code != 0 and len(ours(errors)) == 1 and "--resume" in ours(errors)[0], errors
     assert not (out / "results.json").exists()
-    done = torchrun(2, "--resume", out)
-    assert done.returncode == 0, done.stderr
-    assert same_run(alone("--local-epochs", "6"), out)
+    done = ranks(2, [["--resume", out]] * 2, together=True)
+    assert [d.returncode for d in done] == [0, 0], done
+    assert same_run(alone(), out)
+
+
+@pytest.fixture(scope="module")
+def restarted(tree, tmp_path_factory):
+    """One job in which torchrun restarts both processes twice: rank 0 is killed, then rank 1."""
+    out = tmp_path_factory.mktemp("restarted") / "here" / "run"
+    return out, *kill_round_by_round(tree, out, [0, 1], "--max-restarts", "2")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_elastic_restart_continues_its_own_folder_to_the_same_bytes(tree, alone, tmp_path, rank):
-    out = tmp_path / "run"
-    errors, code = kill_after_first_round(tree, out, rank, "--max-restarts", "1")
-    assert code == 0 and len(ours(errors)) == 1, errors
-    assert same_run(alone("--local-epochs", "6"), out)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+def test_an_elastic_restart_continues_its_own_folder_to_the_same_bytes(alone, restarted, rank):
+    out, errors, code = restarted
+    assert code == 0 and len(ours(errors)) == 2, errors
+    # of each restart one line, of the process that was left
+    assert ours(errors)[rank].startswith(f"train_federated.py: rank {1 - rank}: "), errors
+    assert same_run(alone(), out)
+    assert sorted(p.name for p in out.parent.iterdir()) == ["run"]
 
 
 # What gloo of torch 2.6 now and then does at the end of a job: it joins threads that never end.
@@ -279,7 +290,7 @@ def test_what_every_process_refuses_is_one_line_under_torchrun(tree, tmp_path, l
                        f"time.sleep(3 * (os.environ['RANK'] == '{late}'))\n"
                        f"sys.path.insert(0, {str(ROOT)!r})\n"
                        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
-    done = torchrun(2, *BASE, "--site-data", f"A={tree}", "--out", tmp_path / "x", program=program)
+    done = torchrun(2, program, *BASE, "--site-data", f"A={tree}", "--out", tmp_path / "x").wait()
     assert len(ours(done.stderr)) == 1 and "1 folder(s) for 2" in ours(done.stderr)[0], done.stderr
     assert done.returncode != 0 and not (tmp_path / "x").exists()
 
@@ -433,18 +444,19 @@ def test_every_payload_is_on_the_list(site_run):
 
 
 def test_a_site_with_an_unknown_class_is_refused_and_named(sites, tmp_path):
-    done = torchrun(2, *SITE, "--site-data", f"North={sites / 'A'}", f"Third={sites / 'C'}",
-                    "--out", tmp_path / "run")
-    lines = ours(done.stderr)
-    assert done.returncode != 0 and any("Third" in x and "Foo" in x for x in lines), done.stderr
-    assert "Traceback" not in "".join(x for x in lines)
+    done = ranks(2, [[*SITE, "--site-data", f"North={sites / 'A'}", f"Third={sites / 'C'}",
+                      "--out", tmp_path / "run"]] * 2, together=True)
+    lines = [x for d in done for x in ours(d.stderr)]
+    assert [d.returncode for d in done] == [2, 2], done
+    assert any("Third" in x and "Foo" in x for x in lines), done
+    assert "Traceback" not in "".join(d.stderr for d in done)
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
 def test_sites_resume_to_the_same_bytes(sites, tmp_path):
     def train(*arguments):
-        done = torchrun(2, *arguments)
-        assert done.returncode == 0, done.stderr
+        done = ranks(2, [arguments] * 2, together=True)
+        assert [d.returncode for d in done] == [0, 0], done
     flags = [*SITE, "--site-data", f"one={sites / 'A'}", f"two={sites / 'B'}"]
     train(*flags, "--out", tmp_path / "whole")
     train(*flags, "--rounds", "1", "--out", tmp_path / "cut")
@@ -459,7 +471,9 @@ def test_sites_resume_to_the_same_bytes(sites, tmp_path):
 
 def test_sites_need_names_of_their_own(sites, tmp_path):
     for first, second, words in (("A", "A", "needs a name of its own"), ("A", "", "NAME=DIR")):
-        done = torchrun(2, *SITE, "--site-data", f"{first}={sites / 'A'}",
-                        f"{second}={sites / 'B'}", "--out", tmp_path / "run")
-        assert done.returncode != 0 and words in "".join(ours(done.stderr)), done.stderr
+        flags = [*SITE, "--site-data", f"{first}={sites / 'A'}", f"{second}={sites / 'B'}",
+                 "--timeout", "2", "--out", tmp_path / "run"]  # nobody here ends the one that waits
+        done = ranks(2, [flags] * 2, together=True)
+        assert [d.returncode for d in done] == [2, 2], done
+        assert words in "".join(x for d in done for x in ours(d.stderr)), done
         assert not (tmp_path / "run").exists()

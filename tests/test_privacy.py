@@ -383,7 +383,7 @@ def test_a_cross_validation_is_taken_fold_by_fold(runs, tmp_path):
 
 @pytest.mark.parametrize(("changed", "attacks", "words"), [
     ({"split": "grouped"}, 4, "--split grouped"), ({"split": "blocked"}, 4, "--split blocked"),
-    ({"split": "given"}, 4, "was given"), ({"split": "stratified80"}, 4, "chosen the model"),
+    ({"split": "given"}, 4, "--split given"), ({"split": "stratified80"}, 4, "chosen the model"),
     ({"bn": "local"}, 4, "--bn local"), ({"site_data": ["A=x", "B=y"]}, 4, "--site-data"),
     ({"partition": "given"}, 3, "--partition given"),
     ({"partition": "stain"}, 3, "--partition stain"), ({"clients": 1}, 3, "no other hospital"),
@@ -446,11 +446,11 @@ def test_duplicates_are_grouped_as_the_audit_of_the_data_groups_them(tmp_path):
         shutil.copy(tree / "a" / f"a-{i + 1:03d}.png", tree / "a" / f"again-{i}.png")
     small = [*MEMORY, "--rounds", "1", "--local-epochs", "1", "--clients", "2"]
     train_federated.main(["--data", str(tree), *small, "--out", str(tmp_path / "run")])
-    case = privacy.prepare(tmp_path / "run", None, False)
+    case = privacy.prepare(tmp_path / "run", None, replay=False)
     groups, paths = privacy.picture_groups(case), case.run.images.paths
     assert len(set(groups)) == 40
     assert all(groups[paths.index(f"a/again-{i}.png")] == groups[paths.index(f"a/a-00{i + 1}.png")]
                for i in range(3))
     train_federated.main([*small, "--out", str(tmp_path / "drawn")])
-    case = privacy.prepare(tmp_path / "drawn", None, False)
+    case = privacy.prepare(tmp_path / "drawn", None, replay=False)
     assert privacy.picture_groups(case).tolist() == list(range(320))

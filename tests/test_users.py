@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import BASE, ROOT, same_run, script, train, write_tree
+from helpers import BASE, ROOT, Process, same_run, script, train, write_tree
 
 import audit
 import compare
@@ -80,8 +80,8 @@ def test_an_explanation_that_fails_leaves_nothing_half_done(moved, monkeypatch):
 
     def fails(*args):
         raise OSError("No space left on device")
-    monkeypatch.setattr("reporting.figures.write", fails)
     before = sorted(p.name for p in out.iterdir())
+    monkeypatch.setattr("explain.write_table", fails)
     with pytest.raises(OSError, match="No space"):
         explain.main([str(out), "--data", there, *QUICK])
     assert sorted(p.name for p in out.iterdir()) == before
@@ -166,8 +166,8 @@ def test_names_that_are_no_utf_8_are_read_back_as_they_were_written(tmp_path):
 
 # ---- terminals ----------------------------------------------------------------------------------
 
-def command(script, *arguments, **more):
-    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+def command(script, *arguments):
+    return [sys.executable, str(ROOT / "tests/toy.py"), str(ROOT / script), *map(str, arguments)]
 
 
 def test_a_closed_pipe_does_not_end_the_work(tree, tmp_path):
@@ -180,24 +180,48 @@ def test_a_closed_pipe_does_not_end_the_work(tree, tmp_path):
     assert (out / "results.json").exists()
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+# As a command finds them at its start, in a process that was forked.
+CLOSED = """
+import os, runpy, sys
+for name in sys.argv.pop(1).split():
+    os.close({"stdout": 1, "stderr": 2}[name])
+    setattr(sys, name, None)
+    setattr(sys, f"__{name}__", None)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+ENCODED = """
+import runpy, sys
+encoding = sys.argv.pop(1)
+sys.stdout.reconfigure(encoding=encoding, errors="strict")
+sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr", "stdout stderr", ">&- 2>&-"])
 def test_a_closed_stream_does_not_end_the_work(tree, tmp_path, closed):
     out = tmp_path / "run"
-    line = " ".join(command("train_federated.py", "--data", tree, *BASE, "--rounds", 1, "--out",
-                            out))
-    done = subprocess.run(f"{line} {closed}", shell=True, capture_output=True, text=True,
-                          check=False)
+    line = command("train_federated.py", "--data", tree, *BASE, "--rounds", 1, "--out", out)
+    if "&" in closed:
+        done = subprocess.run(f"{' '.join(line)} {closed}", shell=True, capture_output=True,
+                              text=True, check=False)
+    else:
+        done = Process(CLOSED, [closed, *line[2:]]).wait()
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert (out / "results.json").exists()
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_any_encoding_of_the_terminal_will_do(tree, tmp_path, encoding):
-    environment = os.environ | {"PYTHONIOENCODING": encoding}
     out = tmp_path / "run"
-    for line in (command("data.py", "--help"), command("compare.py", "--help"),
-                 command("train_federated.py", "--data", tree, *BASE, "--rounds", 1, "--out", out),
-                 command("compare.py", out, "--out", tmp_path / "table")):
-        done = subprocess.run(line, env=environment, capture_output=True, check=False)
-        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    lines = (command("data.py", "--help"), command("compare.py", "--help"),
+             command("train_federated.py", "--data", tree, *BASE, "--rounds", 1, "--out", out),
+             command("compare.py", out, "--out", tmp_path / "table"))
+    for _, _, *line in lines:
+        done = Process(ENCODED, [encoding, *line]).wait()
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        assert done.stdout
     shutil.rmtree(out)
+    done = subprocess.run([sys.executable, ROOT / "compare.py", "--help"], capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": encoding}, check=False)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and done.stdout, done.stderr

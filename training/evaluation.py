@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 import data
 import models
 from dataset import interventions, splits
-from reporting import report, run_folder, tables
+from reporting import run_folder, tables
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def predict(model: torch.nn.Module, images: data.Images, indices: np.ndarray) ->
     device = next(model.parameters()).device
     model.eval()
     batches = torch.from_numpy(indices).split(data.EVAL_BATCH)
-    return torch.cat([model(data.eval_batch(images, b, device)).float().cpu() for b in batches])
+    return torch.cat([model(data.eval_batch(images, b, device)).float() for b in batches]).cpu()
 
 
 class Evaluation:
@@ -131,6 +131,7 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, check
            clients: list[np.ndarray] | None = None) -> dict:
     """After training: measure the test part, for the first time; write predictions, results and the
     report. The best model is read from model.pt. Returns what results.json holds."""
+    from reporting import report  # here: what it needs would only delay the first round
     images, split = evaluation.images, evaluation.split
     best = models.read_file(folder / "model.pt")
     history, unit = checkpoint["history"], unit_of(checkpoint)
@@ -153,6 +154,7 @@ def finish_job(job, folder: Path | None, args: argparse.Namespace, evaluation: E
     The server finishes the run. Hospitals with images of their own each finish a run of their own
     on their own test part, and the server pools what they may tell: confusion matrices and losses.
     """
+    from reporting import report
     if not job.sites:
         if folder is not None:
             report.print_summary(folder, finish(folder, args, evaluation, checkpoint, clients))

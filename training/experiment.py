@@ -44,6 +44,9 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
         name = f"cuda:{job.local_rank % torch.cuda.device_count()}"  # a machine's GPUs in turn
     device = models.pick_device(name)
     recipe = make_recipe(args, device)
+    sketch = models.build(args.model, 2)  # what does not fit is refused before any image is read
+    models.freeze(sketch, args.train_from, batchnorm=args.bn == "freeze")
+    models.check_size(sketch, args.image_size, args.batch_size)
     images = data.load(args)
     parts.settle(args, images)
     folds = getattr(args, "folds", 1)
@@ -56,7 +59,6 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
     elif "clients" in args:
         clients = parts.make_clients(args, images, several[""])
     model = models.build(args.model, len(images.classes), args.weights, args.seed, images.classes)
-    models.check_size(model, args.image_size, args.batch_size)
     models.freeze(model, args.train_from, batchnorm=args.bn == "freeze")
     if 1 in map(len, clients) and models.needs_batch(model):
         raise InputError("a client owns one image only, too few for BatchNorm: fewer clients, or "
@@ -83,7 +85,7 @@ def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experime
         tables.write_split(job.folder, run.images, split, run.clients)
     if folder is not None:
         checkpoint = run_folder.start_or_resume(folder, run.images, split, run.clients, checkpoint)
-    run.images.pixels = run.images.pixels.to(run.device)
+    data.keep_on(run.images, run.device)
     checkpoint = job.resume(checkpoint, state)
     moved = {k: models.moved(s, run.device) for k, s in checkpoint["local_bn"].items()}
     return checkpoint | {"state": models.moved(checkpoint["state"], run.device), "local_bn": moved}

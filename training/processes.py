@@ -39,7 +39,8 @@ from reporting import provenance, run_folder
 
 ALLOWED = {"agreement", "counts", "header", "update", "state", "records", "tally", "confusion"}
 SHARED = ("images", "steps", "loss")  # what a site tells of its training; the rest stays there
-UNCOMPARED = {"data", "site_data", "out", "resume", "device", "timeout", "argv"}  # one's own
+UNCOMPARED = {"data", "site_data", "out", "resume", "device", "timeout", "argv",
+              "cache"}  # one's own
 HEADER = 2**16  # bytes of the JSON beside an update
 
 
