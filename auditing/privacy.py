@@ -290,7 +290,9 @@ def server(case: Case, sides: Sides, start: models.State, progress: Callable) ->
 
 
 def of_round(found: dict[int, np.ndarray], round_index: int, sides: Sides) -> dict:
-    """A3 and A4 from the updates of one round; None where fewer than two are finite."""
+    """A3 and A4 from the updates of one round; None where fewer than two are finite. Before a later
+    round its start has seen all hospitals: there the controls say that an update without hospital k
+    favours its images no more than another such update does."""
     hospitals = list(found)
     out = {"round": round_index, "hospitals": hospitals, "A3": None, "A4": None}
     if len(hospitals) < 2:

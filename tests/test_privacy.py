@@ -151,6 +151,14 @@ def test_whole_groups_are_drawn():
     assert grouped["se"] / alone["se"] == pytest.approx(2, rel=0.1)
 
 
+def test_classes_and_sides_are_drawn_apart():
+    """Each keeps its size in every resample, and equal sizes do not mean equal draws."""
+    labels, member = np.repeat([0, 1, 0, 1], 20), np.repeat([True, False], 40)
+    counts = membership.resample(member, ~member, labels, np.arange(80), 0).reshape(-1, 4, 20)
+    assert (counts.sum(2) == 20).all()
+    assert not any((counts[:, i] == counts[:, j]).all() for i in range(4) for j in range(i))
+
+
 def test_permuting_members_within_a_class_changes_only_the_noise_of_the_seed():
     rng = np.random.default_rng(3)
     labels, owner = np.arange(300) % 3, np.where(np.arange(300) < 200, 0, -1)
