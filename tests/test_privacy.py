@@ -17,12 +17,15 @@ from scipy.stats import norm
 from torch import nn
 
 import audit
+import data
 import fedavg
+import models
 import train_central
 import train_federated
 from auditing import membership, privacy, privacy_page
 from dataset import splits
 from reporting import report
+from reporting.run_folder import read_history
 
 
 @torchvision.models._api.register_model()
@@ -323,6 +326,39 @@ def test_a_network_that_memorises_is_caught_by_all_attacks(runs):
     assert all(target["value"] > 0.9 for target in part["A2"]["targets"])
 
 
+def test_the_figures_are_those_of_the_definition_pair_by_pair(runs):
+    """A1, A2 and the placebo of hospital 2 anew, from the files, in plain loops."""
+    part = read(runs / "run" / "privacy")["parts"][""]
+    case = privacy.prepare(runs / "run", None, replay=False)
+    images, labels = case.run.images, case.run.images.labels.numpy()
+    owned, test = case.run.clients[2], case.run.several[""]["test"]
+
+    def phi(path):
+        if path is not None:
+            case.run.model.load_state_dict(models.read_file(path / "model.pt")["state"])
+        with torch.no_grad():
+            batch = data.eval_batch(images, torch.arange(400), torch.device("cpu"))
+            p = case.run.model(batch).double().softmax(1)[torch.arange(400), images.labels]
+        return (p.log() - (1 - p).log()).numpy()
+
+    def share(score):
+        pairs = [(score[i] > score[j]) + 0.5 * (score[i] == score[j])
+                 for i in owned for j in test if labels[i] == labels[j]]
+        return np.mean(pairs)
+    before, best = phi(None), phi(runs / "run")
+    others = np.mean([phi(runs / "alone" / f"client{k}") for k in (0, 1, 3)], 0)
+    assert part["A1"]["hospitals"][2]["value"] == pytest.approx(share(best), abs=1e-3)
+    assert part["A2"]["targets"][2]["value"] == pytest.approx(share(best - others), abs=1e-3)
+    own, rest = phi(runs / "alone" / "client0"), [1, 3]
+    control = own - np.mean([phi(runs / "alone" / f"client{k}") for k in rest], 0)
+    found = next(one for one in part["A2"]["controls"]["each"]
+                 if (one["model"], one["images"]) == (0, 2))
+    assert found["value"] == pytest.approx(share(control), abs=1e-3)
+    untrained = [i for k in range(4) for i in case.run.clients[k]]
+    pairs = [before[i] > before[j] for i in untrained for j in test if labels[i] == labels[j]]
+    assert part["A1"]["placebo"]["value"] == pytest.approx(np.mean(pairs), abs=1e-3)
+
+
 def test_placebo_and_controls_hold_one_half(runs):
     """A leak of the audit itself, such as test images that were trained on, turns this red."""
     part = read(runs / "run" / "privacy")["parts"][""]
@@ -345,6 +381,22 @@ def test_the_replay_equals_the_history_and_the_report_begins_with_it(runs):
     assert {p.name for p in folder.iterdir()} == {"report.md", "privacy.json", "membership.png",
                                                   "server.png"}
     assert found["not_tried"] == {} and found["names"] == [f"client {k}" for k in range(4)]
+
+
+def test_the_round_after_the_last_is_the_one_that_a_longer_run_trains(runs, tmp_path):
+    for rounds in ("3", "4"):
+        train_federated.main(["--data", str(runs / "set"), *MEMORY, "--plateau", "1", "--lr",
+                              "0.01", "--rounds", rounds, "--local-epochs", "2", "--out",
+                              str(tmp_path / rounds)])
+    history = read_history(tmp_path / "4")
+    assert history[3]["lr"] < history[0]["lr"]  # the schedule is followed, too
+    case = privacy.prepare(tmp_path / "3", None, replay=True)
+    last = models.read_file(tmp_path / "3" / "last.pt")
+    case_sides = membership.make_sides(case.run.images.labels.numpy(), case.run.several[""],
+                                       case.hospitals, np.arange(400))
+    found, records = privacy.replay(case, last["state"], last["history"], case_sides, lambda n: n)
+    assert privacy.prove(records, history[3]["clients"]) == {"equal": True, "by": 0.0}
+    assert list(found) == [0, 1, 2, 3] and {len(phi) for phi in found.values()} == {360}
 
 
 def test_the_same_command_writes_the_same_bytes_into_a_numbered_folder(runs):
