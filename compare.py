@@ -66,7 +66,7 @@ def load(folder: Path, label: str | None = None) -> list[Run]:
     if not (folder / "results.json").exists():
         raise InputError(f"{folder}: the run is not complete, it has no results.json")
     results = run_folder.read_json(folder / "results.json")
-    if arguments.get("local_only") and "members" in results:
+    if arguments.get("local_only") and "members" in results and "best" not in results:
         return [r for m in results["members"]
                 for r in load(folder / m["name"], f"{label}, one client alone")]
     configuration = json.dumps([run["script"], {k: v for k, v in sorted(arguments.items())
@@ -203,6 +203,35 @@ def page(rows: dict[str, dict], tests: list[dict]) -> str:
     return text
 
 
+def curves(run: Run) -> dict[str, np.ndarray]:
+    """Images passed in training, and validation loss and accuracy, after each round or epoch that
+    validated: float [n] each. Of folds, the mean over them, as far as all of them went."""
+    folders = sorted(run.folder.glob("fold*/history.jsonl")) or [run.folder / "history.jsonl"]
+    several = []
+    for path in folders:
+        history = run_folder.read_history(path.parent)
+        passed = np.cumsum([r["images"] for r in history])
+        several.append(np.array([[n, r["val_loss"], r["val_accuracy"]] for n, r in
+                                 zip(passed, history, strict=True) if r["val_loss"] is not None]))
+    length = min(map(len, several))
+    means = np.mean([each[:length] for each in several], 0).reshape(length, 3)
+    return dict(zip(("images", "loss", "accuracy"), means.T, strict=True))
+
+
+def plot_curves(groups: dict[str, list[Run]], path: Path) -> None:
+    """Validation accuracy and loss over images passed, a line for each run: at which budget do they
+    meet?"""
+    with figures.drawing(path, 9, 3.6, columns=2) as axes:
+        for i, (label, members) in enumerate(groups.items()):
+            for j, run in enumerate(members):
+                found = curves(run)
+                for axis, key in zip(axes, ("accuracy", "loss"), strict=True):
+                    axis.plot(found["images"], found[key], "-o", ms=2, lw=1, color=f"C{i % 10}",
+                              label=label if j == 0 else None)
+                    axis.set(xlabel="images passed in training", ylabel=f"validation {key}")
+        axes[0].legend(fontsize=6)
+
+
 def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> None:
     """Accuracies with their intervals, a line for each row of the table."""
     with figures.drawing(path, 7, 0.3 * len(rows) + 0.8) as axis:
@@ -239,10 +268,11 @@ def main(argv: list[str] | None = None) -> None:
         text = page(rows, tests)
         run_folder.write_json(folder / "comparison.json", {"rows": rows, "tests": tests})
         run_folder.write_text(folder / "comparison.md",
-                              text + "\n\n![comparison](comparison.png)\n")
+                              text + "\n\n![comparison](comparison.png)\n\n![curves](curves.png)\n")
         with report.decoration(f"{folder}/comparison.json"):
             plot(rows, groups, folder / "comparison.png")
-    print(f"{text}\n\ntable and figure: {folder}/comparison.md, comparison.png, comparison.json")
+            plot_curves(groups, folder / "curves.png")
+    print(f"{text}\n\ntable and figures: {folder}/comparison.md, comparison.png, curves.png")
 
 
 if __name__ == "__main__":

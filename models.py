@@ -114,7 +114,8 @@ def read_file(path: str | Path) -> dict:
 
 
 def load_matching(model: nn.Module, state: State, head: str, source: str) -> None:
-    """Load `state` into `model` in place; only the head may be absent or of another size."""
+    """Load `state` into `model` in place. The head may be absent or of another size; the classifier
+    that it is the last layer of (VGG's three) may be absent as a whole, and one line says so."""
     own = model.state_dict()
     head_keys = {f"{head}.weight", f"{head}.bias"}
     state = dict(state)
@@ -122,6 +123,11 @@ def load_matching(model: nn.Module, state: State, head: str, source: str) -> Non
         rows = len(state[f"{head}.weight"]) if f"{head}.weight" in state else "?"
         print(f"{source}: head of {rows} classes dropped, a new one of {len(own[f'{head}.bias'])}")
         state = {k: v for k, v in state.items() if k not in head_keys}
+    classifier = head.partition(".")[0] + "."
+    if not any(key.startswith(classifier) for key in state) and head_keys < {
+            key for key in own if key.startswith(classifier)}:
+        print(f"{source}: has no layer of the classifier, which begins at random values")
+        head_keys = {key for key in own if key.startswith(classifier)}
     missing = sorted(set(own) - set(state) - head_keys)
     extra = sorted(set(state) - set(own))
     # torchvision files from before 2018 lack the BatchNorm counters; nothing else may be absent

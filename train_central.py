@@ -6,7 +6,7 @@
     python train_central.py                                # drawn smears: minutes on two cores
 """
 
-from checks import InputError, guard, integer, number
+from checks import InputError, guard, integer, warn
 
 import argparse
 import time
@@ -18,32 +18,31 @@ from tqdm import tqdm
 import data
 import fedavg
 import models
-from dataset import splits
+from dataset import parts, splits
 from reporting import run_folder, tables, terminal
 from training import evaluation, experiment
 from training.processes import Job
 from training.recipe import DEMONSTRATION
 from training.recipe import add_arguments as add_recipe_arguments
 
-Part = tuple[str, splits.Split, int]  # folder in the run folder, split, client that it stands for
+Parts = dict[str, dict[str, splits.Split]]  # by client ("" for all together), then by fold
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a centralised run."""
     add = parser.add_argument_group("centralised training").add_argument
-    add("--folds", type=integer(1), default=5, help="default 5; 1 = one run on the given --split")
     add("--epochs", type=integer(1), default=40, help="of each fold (default 40)")
-    add("--inner-val", type=number(0, 0.5), default=0.1,
-        help="share of a fold's training part that validates; 0 = fixed epochs, the last scored")
     add("--period", type=integer(1), default=1, help="epochs between validations (default 1)")
     add("--bn", choices=("train", "freeze"), default="train", help="BatchNorm layers")
     add("--like", metavar="RUN", help="one run with the split, network, seed, recipe and budget of "
         "a federated run, validated every local-epochs epochs")
     add("--local-only", action="store_true", help="with --like: each of its clients alone, for "
         "rounds x local-epochs epochs on its own images, scored on the common test part")
+    parser.set_defaults(folds=5)
 
 
-GROUPS = (data.add_arguments, models.add_arguments, add_arguments, add_recipe_arguments)
+GROUPS = (data.add_arguments, parts.add_fold_arguments, models.add_arguments, add_arguments,
+          add_recipe_arguments)
 
 
 def defaults(args: argparse.Namespace) -> dict:
@@ -55,39 +54,53 @@ def defaults(args: argparse.Namespace) -> dict:
             raise InputError(f"--like {args.like}: a run of {run['script']}, not a federated one")
         rounds, local_epochs = recorded["rounds"], recorded["local_epochs"]
         shared = {key: value for key, value in recorded.items() if key in vars(args)}
-        return shared | {"bn": "freeze" if recorded["bn"] == "freeze" else "train", "folds": 1,
-                         "epochs": rounds * local_epochs, "period": local_epochs}
+        return {"folds": 1} | shared | {
+            "bn": "freeze" if recorded["bn"] == "freeze" else "train",
+            "epochs": rounds * local_epochs, "period": local_epochs}
     return {} if args.data else DEMONSTRATION | {"epochs": 20, "early_stop": 5}
 
 
-def prepare(args: argparse.Namespace) -> tuple[experiment.Experiment, list[Part]]:
-    """The experiment and the runs that it consists of, all checked before training."""
+def prepare(args: argparse.Namespace) -> tuple[experiment.Experiment, Parts, list[str]]:
+    """The experiment, the runs that it consists of, and the names of clients that train alone; all
+    checked before training."""
     job = Job()
     if job.world > 1:
         raise InputError("train_central.py runs in one process, not under torchrun")
-    if args.like is not None and args.folds > 1:
-        raise InputError("--like copies one split: --folds 1")
     if args.local_only and args.like is None:
         raise InputError("--local-only needs --like RUN, the federated run whose clients train")
     with job.preparing(args) as facts:
         run = experiment.prepare(args, job, facts)
-    parts = [(name, split, 0) for name, split in run.several.items()]
-    if args.like is not None:
-        run.clients, names = like_clients(args, Path(args.like), run.images, run.several[""])
-    if args.local_only:
-        owner = {i: n for n, own in zip(names, run.clients, strict=True) for i in own.tolist()}
+    if args.like is None:
+        return run, {"": run.several}, []
+    say_differences(args, run_folder.read_run(Path(args.like))["arguments"])
+    several: Parts = {}
+    for fold, split in run.several.items():
+        run.clients[fold], names = like_clients(args, Path(args.like) / fold, run.images, split)
+        for k, owned in enumerate(run.clients[fold]):
+            several.setdefault(f"client{k}", {})[fold] = split | {"train": owned}
+    if not args.local_only:
+        return run, {"": run.several}, []
+    if args.folds == 1:
+        owner = {i: n for n, own in zip(names, run.clients[""], strict=True) for i in own.tolist()}
         run.images.known["client"] = np.array([owner.get(i, "") for i in
                                                range(len(run.images.paths))])
-        parts = [(f"client{k}", run.several[""] | {"train": owned}, k)
-                 for k, owned in enumerate(run.clients)]
-    return run, parts
+    return run, several, names
+
+
+def say_differences(args: argparse.Namespace, recorded: dict) -> None:
+    """One line for each flag that was given beside --like, and so is not that of the run."""
+    derived = ("data", "out", "device", "bn", "epochs", "period", "like", "resume", "local_only")
+    for name, value in recorded.items():
+        if name in vars(args) and name not in derived and getattr(args, name) != value:
+            warn(f"note: --{name.replace('_', '-')} is {getattr(args, name)}, and {value} in "
+                 f"{args.like}")
 
 
 def like_clients(args: argparse.Namespace, folder: Path, images: data.Images,
                  split: splits.Split) -> tuple[list[np.ndarray], list[str]]:
-    """The clients of the run to be like, and their names. A new run must have its images and its
-    very split; one that is resumed knows both itself."""
-    if args.resume is not None and (Path(args.resume) / "split.csv").exists():
+    """The clients of the run to be like (or of its fold), and their names. A new run must have its
+    images and its very split; one that is resumed knows both itself."""
+    if args.resume is not None and (Path(args.resume) / "split.csv").exists() and args.folds == 1:
         return tables.read_split(Path(args.resume), images)[1:]
     run_folder.check_images(folder, images)
     there, clients, names = tables.read_split(folder, images)
@@ -160,38 +173,40 @@ def make_record(epoch: int, lr: float, record: dict, tally: list, seconds: float
         "seconds": seconds, "images_per_second": record["images"] / seconds})
 
 
-def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experiment,
-                parts: list[Part]) -> None:
+def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experiment, parts: Parts,
+                names: list[str]) -> None:
     """Folds, or hospitals alone: each from the same start in a folder of its own, then pooled."""
-    start = models.moved(run.model.state_dict(), "cpu")
-    for name, split, client_id in parts:
-        part = folder / name
-        part.mkdir(exist_ok=True)
-        if not (part / "run.json").exists():
-            run_folder.write_run(part, args, "central", run.images, run.device, folder.name)
-        print(f"---- {name}: {len(split['train'])} training, {len(split['val'])} validation, "
-              f"{len(split['test'])} test images", flush=True)
-        train_alone(args, part, run, split, start, client_id)
     from reporting import report
-    titles = run.images.titles(run.clients) if args.local_only else []
-    report.pool_folds(folder, run.images, {name: split for name, split, _ in parts},
-                     {f"client{k}": title for k, title in enumerate(titles)})
+    start, tests = models.moved(run.model.state_dict(), "cpu"), {}
+    if args.folds > 1:
+        tests = {fold: split["test"] for fold, split in run.several.items()}
+    for client_id, (client, folds) in enumerate(parts.items()):
+        place = folder / client
+        if client and tests:  # a hospital alone in every fold is a cross-validation of its own
+            place = experiment.open_part(args, place, run, next(iter(folds.values())))
+        for fold, split in folds.items():
+            part = experiment.open_part(args, place / fold, run, split)
+            train_alone(args, part, run, split, start, client_id)
+        if tests:
+            tables.write_split(place, run.images, tests, [])
+            report.pool_folds(place, run.images, {k: [s] for k, s in folds.items()}, {})
+    if "" not in parts:
+        titles = [f"client {name}" if name.isdecimal() else name for name in names]
+        report.pool_folds(folder, run.images, {k: list(f.values()) for k, f in parts.items()},
+                          dict(zip(parts, titles, strict=True)))
 
 
 def main(argv: list[str] | None = None) -> None:
     args = run_folder.parse(__doc__, GROUPS, defaults, argv)
-    run, parts = prepare(args)
+    run, parts, names = prepare(args)
     folder = run_folder.begin(args, "central", run.images, run.device)
     with run_folder.resumable(folder):
         print(f"run folder: {folder}; {args.model} on {run.device}")
         data.keep_on(run.images, run.device)
-        if args.local_only:
-            tables.write_split(folder, run.images, run.several[""], run.clients)
-            train_parts(args, folder, run, parts)
-        elif args.folds > 1:
-            tests = {name: split["test"] for name, split, _ in parts}
-            tables.write_split(folder, run.images, tests, [])
-            train_parts(args, folder, run, parts)
+        if args.local_only and args.folds == 1:
+            tables.write_split(folder, run.images, run.several[""], run.clients[""])
+        if args.local_only or args.folds > 1:
+            train_parts(args, folder, run, parts, names)
         else:
             train_alone(args, folder, run, run.several[""], run.model.state_dict())
 

@@ -23,7 +23,7 @@ import data
 import fedavg
 import models
 from dataset import parts
-from reporting import run_folder, terminal
+from reporting import run_folder, tables, terminal
 from training import evaluation, experiment, processes
 from training.recipe import DEMONSTRATION
 from training.recipe import add_arguments as add_recipe_arguments
@@ -45,10 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--site-data", nargs="+", metavar="NAME=DIR", help="instead of --data: every process is a "
         "hospital that reads its own folder; one NAME=DIR for each process of this machine")
     add("--classes", nargs="+", metavar="CLASS", help="of all hospitals (default: the four)")
+    parser.set_defaults(folds=1)
 
 
-GROUPS = (data.add_arguments, parts.add_client_arguments, models.add_arguments, add_arguments,
-          add_recipe_arguments)
+GROUPS = (data.add_arguments, parts.add_client_arguments, parts.add_fold_arguments,
+          models.add_arguments, add_arguments, add_recipe_arguments)
 
 
 def defaults(args: argparse.Namespace) -> dict:
@@ -64,7 +65,8 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
     """
     checkpoint = experiment.start(args, job, folder, run)
     state, local_bn, history = (checkpoint[key] for key in ("state", "local_bn", "history"))
-    model, images, clients, (split,) = run.model, run.images, run.clients, run.several.values()
+    model, images, (split,), (clients,) = (run.model, run.images, run.several.values(),
+                                           run.clients.values())
     mine = {name: job.part(indices) for name, indices in split.items()}
     counts = job.total("counts", images.class_counts(mine["train"]))
     first_recipe = experiment.weighted(args, run, counts)
@@ -148,6 +150,24 @@ def make_record(round_index: int, lr: float, clients: list[dict], tally: list,
         "seconds": seconds, "images_per_second": images / seconds})
 
 
+def train_folds(args: argparse.Namespace, job: processes.Job, folder: Path | None,
+                run: experiment.Experiment) -> None:
+    """Cross-validation: every fold a whole run from the same start, in a folder of its own; then
+    the out-of-fold predictions are pooled."""
+    start = models.moved(run.model.state_dict(), "cpu")
+    if folder is not None:
+        tests = {name: split["test"] for name, split in run.several.items()}
+        tables.write_split(folder, run.images, tests, [])
+    for name in run.several:
+        fold = folder and experiment.open_part(args, folder / name, run, run.several[name])
+        run.model.load_state_dict(start)
+        train(args, job, fold, replace(run, several={name: run.several[name]},
+                                       clients={name: run.clients[name]}))
+    if folder is not None:
+        from reporting import report
+        report.pool_folds(folder, run.images, {k: [s] for k, s in run.several.items()}, {})
+
+
 def main(argv: list[str] | None = None, job: processes.Job | None = None) -> None:
     args, job = run_folder.parse(__doc__, GROUPS, defaults, argv), job or processes.Job()
     job.join(args)
@@ -158,7 +178,10 @@ def main(argv: list[str] | None = None, job: processes.Job | None = None) -> Non
     print(f"run folder: {folder}; {args.model} on {run.device}, "
           f"{'float32' if precision is None else f'autocast {precision}'}")
     with run_folder.resumable(folder):
-        train(args, job, folder, run)
+        if args.folds == 1:
+            train(args, job, folder, run)
+        else:
+            train_folds(args, job, folder, run)
 
 
 if __name__ == "__main__":

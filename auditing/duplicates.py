@@ -17,8 +17,7 @@ from skimage.registration import phase_cross_correlation
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.images import Images
-from reporting.baselines import STRIP
+from dataset.images import STRIP, Images
 
 SIDE = 64  # of the small pictures that all pairs are compared at
 PEAK = 0.12  # of the phase correlation; unrelated pairs of the ALL set stay below 0.11

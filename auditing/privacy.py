@@ -58,12 +58,12 @@ class Case:
     why: dict[str, str]  # of each attack that is not tried, the reason
     args: argparse.Namespace | None = None
     run: experiment.Experiment | None = None  # None where no attack is tried
-    alone: list[Path] = field(default_factory=list)  # folders of the hospitals' own models
+    alone: dict[str, list[Path]] = field(default_factory=dict)  # by fold: the hospitals' own models
 
-    @property
-    def hospitals(self) -> list[np.ndarray]:
+    def hospitals(self, fold: str) -> list[np.ndarray]:
         """Their training images; none where they cannot be told apart by chance alone."""
-        return self.run.clients if vars(self.args).get("partition") in EXCHANGEABLE else []
+        exchangeable = vars(self.args).get("partition") in EXCHANGEABLE
+        return self.run.clients[fold] if exchangeable else []
 
 
 def refused(arguments: dict) -> dict[str, str]:
@@ -113,7 +113,7 @@ def prepare(folder: Path, alone: str | None, replay: bool, place: str | None = N
         raise InputError(f"{error} (images that were moved: --data DIR)") from None
     run_folder.check_images(folder, case.run.images)
     for name, split in case.run.several.items():
-        check_split(folder / name, case.run, split)
+        check_split(folder / name, case.run.images, split, case.run.clients.get(name, []))
     if not replay:
         case.why = dict.fromkeys(ATTACKS[2:], "not asked for (--replay 0)") | case.why
     if "A2" not in case.why and alone is not None:
@@ -125,23 +125,22 @@ def prepare(folder: Path, alone: str | None, replay: bool, place: str | None = N
     return case
 
 
-def check_split(folder: Path, run: experiment.Experiment, split: Split) -> None:
+def check_split(folder: Path, images: data.Images, split: Split,
+                clients: list[np.ndarray]) -> None:
     """InputError where split.csv of a run is not this split with these clients."""
-    there, clients, _ = tables.read_split(folder, run.images)
+    there, own, _ = tables.read_split(folder, images)
     if any(not np.array_equal(there[part], split[part]) for part in split) or (
-            len(clients) != len(run.clients)) or any(
-            not np.array_equal(a, b) for a, b in zip(clients, run.clients, strict=True)):
+            [k.tolist() for k in own] != [k.tolist() for k in clients]):
         raise InputError(f"{folder}: its split.csv has another split, or other clients")
 
 
-def check_alone(folder: Path, case: Case) -> list[Path]:
-    """The folders of the hospitals' own models. InputError unless they were trained on the same
-    split and clients with the same recipe and budget, to the end: else they are no reference."""
+def check_alone(folder: Path, case: Case) -> dict[str, list[Path]]:
+    """By fold, the folders of the hospitals' own models. InputError unless they were trained on the
+    same split and clients with the same recipe and budget, to the end: else they are no reference."""
     theirs, ours = run_folder.read_run(folder)["arguments"], case.record["arguments"]
     if not theirs.get("local_only"):
         raise InputError(f"--alone {folder}: not a run of train_central.py --like --local-only")
     run_folder.check_images(folder, case.run.images)
-    check_split(folder, case.run, case.run.several[""])
     places = {"data", "table", "columns", "skip_unlisted", "device", "bn"}
     other = [name for name in sorted(set(theirs) & set(ours) - places)
              if theirs[name] != ours[name]]
@@ -150,9 +149,16 @@ def check_alone(folder: Path, case: Case) -> list[Path]:
     if other:
         raise InputError(f"--alone {folder}: trained otherwise than {case.folder}: "
                          + ", ".join(f"--{name.replace('_', '-')}" for name in other))
-    parts = [folder / f"client{k}" for k in range(len(case.run.clients))]
-    if missing := [part.name for part in parts if not (part / "results.json").exists()]:
-        raise InputError(f"--alone {folder}: not complete, {missing[0]} has no results.json")
+    parts = {}
+    for fold, clients in case.run.clients.items():
+        parts[fold] = [folder / f"client{k}" / fold for k in range(len(clients))]
+        for part, own in zip(parts[fold], clients, strict=True):
+            if not (part / "results.json").exists():
+                raise InputError(f"--alone {folder}: not complete, {part} has no results.json")
+            there = tables.read_split(part, case.run.images)[0]
+            split = case.run.several[fold] | {"train": own}
+            if any(not np.array_equal(there[name], split[name]) for name in split):
+                raise InputError(f"{part}: its split.csv has another split, or other clients")
     return parts
 
 
@@ -180,21 +186,21 @@ def measure(case: Case, groups: np.ndarray) -> dict:
     start = models.moved(run.model.state_dict(), run.device)  # the network before training
     images = sum(len(split[part]) for split in run.several.values() for part in ("train", "test"))
     rounds = 0 if "A3" in case.why else 2 * len(sampled(case, 1))  # updates to replay
-    passes = images * (3 + len(case.alone) + rounds)
+    passes = images * (3 + len(next(iter(case.alone.values()), [])) + rounds)
     if rounds:
-        passes += BACKWARD * case.args.local_epochs * case.args.expand * rounds // len(
-            run.clients) * len(run.several[""]["train"])
+        passes += sum(BACKWARD * case.args.local_epochs * case.args.expand * rounds
+                      * len(split["train"]) // case.args.clients for split in run.several.values())
     parts = {}
     with tqdm(total=passes, desc="privacy", unit="pass", leave=False, disable=None) as bar:
         for name, split in run.several.items():
-            sides = make_sides(run.images.labels.numpy(), split, case.hospitals, groups)
-            parts[name] = measure_part(case, case.folder / name, sides, start, bar.update)
-    return out | {"names": run.images.titles(case.hospitals), "parts": parts}
+            sides = make_sides(run.images.labels.numpy(), split, case.hospitals(name), groups)
+            parts[name] = measure_part(case, name, sides, start, bar.update)
+    return out | {"names": run.images.titles(case.hospitals(name)), "parts": parts}
 
 
-def measure_part(case: Case, folder: Path, sides: Sides, start: models.State,
+def measure_part(case: Case, fold: str, sides: Sides, start: models.State,
                  progress: Callable) -> dict:
-    """The attacks on one split's network. start: its state before training."""
+    """The attacks on the network of one split. start: its state before training."""
     def score(state: models.State) -> np.ndarray:
         case.run.model.load_state_dict(state)
         return phi(case.run, sides, progress)
@@ -202,10 +208,10 @@ def measure_part(case: Case, folder: Path, sides: Sides, start: models.State,
     def owned(path: Path) -> np.ndarray:
         return score(models.read_file(path)["state"])
 
-    every = (sides.owner >= 0)[None] & sides.single
+    folder, every = case.folder / fold, (sides.owner >= 0)[None] & sides.single
     before, best = score(start), owned(folder / "model.pt")
     last = owned(folder / "last.pt") if (folder / "last.pt").exists() else None
-    hospitals = list(range(len(case.hospitals)))
+    hospitals = list(range(len(case.hospitals(fold))))
     out = {"A1": {
         "best": described(best[None], every, sides),
         "last": None if last is None else described(last[None], every, sides),
@@ -215,13 +221,13 @@ def measure_part(case: Case, folder: Path, sides: Sides, start: models.State,
                                (sides.owner < 0) & ~sides.single, sides),
         "placebo": attack(before[None], every, sides.outside, sides)}}
     if "A2" not in case.why:
-        own = np.stack([owned(part / "model.pt") for part in case.alone])
+        own = np.stack([owned(part / "model.pt") for part in case.alone[fold]])
         out["A2"] = described(best - of_others(own), sides.members(hospitals), sides) | {
             "controls": controls(own, hospitals, sides),
             "placebo": attack(before - of_others(own), sides.members(hospitals), sides.outside,
                               sides)}
     if "A3" not in case.why:
-        out |= server(case, sides, start, progress)
+        out |= server(case, fold, sides, start, progress)
     return out
 
 
@@ -242,17 +248,17 @@ def sampled(case: Case, round_index: int) -> list[int]:
     return fedavg.sample_clients(args.clients, args.fraction, args.seed, round_index)
 
 
-def replay(case: Case, state: models.State, history: list[dict], sides: Sides,
+def replay(case: Case, fold: str, state: models.State, history: list[dict], sides: Sides,
            progress: Callable) -> tuple[dict[int, np.ndarray], list[dict]]:
     """The round after `history`, from `state`, client by client, by the code of training itself:
     (hospital → φ under its own update, float64 [n]; the records of the round)."""
     args, run, round_index = case.args, case.run, len(history) + 1
-    counts = run.images.class_counts(run.several[""]["train"])
+    counts = run.images.class_counts(run.several[fold]["train"])
     recipe = replace(experiment.weighted(args, run, counts),
                      lr=evaluation.plateau_lr(history, args.lr, args.plateau))
     records, found = [], {}
     for k in sampled(case, round_index):
-        update = fedavg.train_client(run.model, state, run.images, run.clients[k], recipe,
+        update = fedavg.train_client(run.model, state, run.images, run.clients[fold][k], recipe,
                                      (args.seed, round_index, k),
                                      lambda n: progress(BACKWARD * n))
         if fedavg.accept(update, records, {}, []) is not None:  # not finite: left out, as there
@@ -270,21 +276,22 @@ def prove(records: list[dict], recorded: list[dict]) -> dict:
             "by": max(abs(here[k] - there[k]) / max(abs(there[k]), 1e-300) for k in here)}
 
 
-def server(case: Case, sides: Sides, start: models.State, progress: Callable) -> dict:
+def server(case: Case, fold: str, sides: Sides, start: models.State, progress: Callable) -> dict:
     """A3 and A4, in round 1 and in the round after the last; neither where the replay of round 1
     does not prove itself."""
-    found, records = replay(case, start, [], sides, progress)
-    recorded = run_folder.read_history(case.folder)[0]["clients"]
+    folder = case.folder / fold
+    found, records = replay(case, fold, start, [], sides, progress)
+    recorded = run_folder.read_history(folder)[0]["clients"]
     here, there = provenance.machine(case.run.device), case.record["machine"]
     proof = prove(records, recorded) | {"differs": {
         key: [there.get(key), value] for key, value in here.items() if there.get(key) != value}}
     if not proof["equal"]:
         return {"replay": proof}
     out = {"replay": proof, "rounds": [of_round(found, 1, sides)]}
-    if (case.folder / "last.pt").exists():
-        last = models.read_file(case.folder / "last.pt")
+    if (folder / "last.pt").exists():
+        last = models.read_file(folder / "last.pt")
         state = models.moved(last["state"], case.run.device)
-        found, _ = replay(case, state, last["history"], sides, progress)
+        found, _ = replay(case, fold, state, last["history"], sides, progress)
         out["rounds"].append(of_round(found, last["round"] + 1, sides))
     return out
 

@@ -28,14 +28,12 @@ def rows_of(result: dict) -> list[tuple[str, dict | None, bool]]:
         at, names = f"{name}: " if name else "", result["names"]
         a1 = part["A1"]
         rows += [(f"{at}A1, model.pt", a1["best"], False), (f"{at}A1, last.pt", a1["last"], False)]
-        rows += [(f"A1, {who}", figure, False)
+        rows += [(f"{at}A1, {who}", figure, False)
                  for who, figure in zip(names, a1["hospitals"], strict=False)]
         rows += [(f"{at}A1, images with a partner in training", a1["with_partner"], False),
                  (f"{at}placebo: before training", a1["placebo"], True)]
-        several = [("A2", names, part["A2"])] if "A2" in part else []
-        several += [(f"A3, round {one['round']}", [names[k] for k in one["hospitals"]], one["A3"])
-                    for one in part.get("rounds", []) if one["A3"]]
-        for attack, targets, found in several:
+        for attack, hospitals, found in compared(result, name):
+            targets = [names[k] for k in hospitals]
             rows += [(attack, found, False)]
             rows += [(f"{attack}, {who}", figure, False)
                      for who, figure in zip(targets, found["targets"], strict=True)]
@@ -44,6 +42,14 @@ def rows_of(result: dict) -> list[tuple[str, dict | None, bool]]:
                 ("placebo", "network before training"), ("nobody", "images of nobody"))
                 if key in found]
     return rows
+
+
+def compared(result: dict, name: str) -> list[tuple[str, list[int], dict]]:
+    """(name, hospitals, figure) of A2 and of A3 in each round, of one fold or of the only split."""
+    part, at = result["parts"][name], f"{name}: " if name else ""
+    rows = [(f"{at}A2", list(range(len(result["names"]))), part["A2"])] if "A2" in part else []
+    return rows + [(f"{at}A3, round {one['round']}", one["hospitals"], one["A3"])
+                   for one in part.get("rounds", []) if one["A3"]]
 
 
 def holds(figure: dict) -> bool:
@@ -64,10 +70,11 @@ def said(figure: dict, null: bool) -> str:
 
 def proof(result: dict) -> str:
     """The first line: whether the replay of round 1 proved itself."""
-    found = next((part["replay"] for part in result["parts"].values() if "replay" in part), None)
+    every = [part["replay"] for part in result["parts"].values() if "replay" in part]
     line = "Replayed update norms of round 1 equal the recorded ones: "
-    if found is None:
+    if not every:
         return f"{line}not replayed, {result['not_tried'].get('A3')}."
+    found = next((one for one in every if not one["equal"]), every[0])  # of folds, the first no
     by = "they cannot be compared" if found["by"] is None else f"by {found['by']:.3g}"
     line += f"**{'yes' if found['equal'] else 'no'}**, {by} (largest relative difference)."
     if found["equal"]:
@@ -102,16 +109,12 @@ def page(result: dict) -> list[str]:
     rates, sources = [], []
     for name, part in result["parts"].items():
         best = part["A1"]["best"]["targets"][0]
-        rates += rate_rows(f"{name} A1, model.pt".strip(), best["rates"])
-        several = [("A2", range(len(result["names"])), part["A2"])] if "A2" in part else []
-        for one in part.get("rounds", []):
-            if one["A3"] is None:
-                continue
-            several += [(f"A3, round {one['round']}", one["hospitals"], one["A3"])]
-            a4 = one["A4"]
-            sources += [[f"round {one['round']}", a4["n"], show(a4), show(a4["one_of_k"]),
-                         show(a4["largest"]), show(a4["permuted"])]]
-        for attack, hospitals, found in several:
+        at = f"{name}: " if name else ""
+        rates += rate_rows(f"{at}A1, model.pt", best["rates"])
+        sources += [[f"{at}round {one['round']}", a4["n"], show(a4), show(a4["one_of_k"]),
+                     show(a4["largest"]), show(a4["permuted"])]
+                    for one in part.get("rounds", []) if (a4 := one["A4"])]
+        for attack, hospitals, found in compared(result, name):
             for k, target in zip(hospitals, found["targets"], strict=True):
                 rates += rate_rows(f"{attack}, {result['names'][k]}", target["rates"])
     drawn = ["## Whose image (A4)", markdown(
@@ -169,8 +172,8 @@ def plot_membership(result: dict, path: Path) -> None:
 
 def plot_server(result: dict, path: Path) -> None:
     """A4: whose images (rows) are attributed to whom (columns): number, shaded by share."""
-    rounds = [one for part in result["parts"].values() for one in part.get("rounds", [])
-              if one["A4"]]
+    rounds = [one | {"at": f"{name}: " if name else ""} for name, part in result["parts"].items()
+              for one in part.get("rounds", []) if one["A4"]]
     if not rounds:
         return
     with figures.drawing(path, 4.6 * len(rounds), 4.2, columns=len(rounds)) as axes:
@@ -185,7 +188,7 @@ def plot_server(result: dict, path: Path) -> None:
             axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
             axis.set_yticks(range(len(names)), names if number == 0 else [])
             axis.set(xlabel="attributed to", ylabel="image of" if number == 0 else "",
-                     title=f"updates of round {one['round']}")
+                     title=f"{one['at']}updates of round {one['round']}")
 
 
 def write(folder: Path, result: dict) -> None:

@@ -10,9 +10,10 @@ from PIL import Image
 
 from data import Images
 from dataset import interventions
+from dataset.images import colour_statistics
 from dataset.interventions import CORNER
 from reporting import metrics
-from reporting.baselines import colour_statistics, make_classifier
+from reporting.baselines import make_classifier
 
 FRAME = 0.04  # width of the border frame, share of the side
 

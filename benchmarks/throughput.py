@@ -42,7 +42,7 @@ def draw_folder(folder: Path, count: int, size: int) -> Path:
     """`count` synthetic smears as JPEG files in ImageFolder's layout."""
     for i in range(count):
         name = CLASSES[i % 4]
-        (folder / name).mkdir(exist_ok=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         pixels = synthetic.draw_one(name, size, np.random.default_rng(i))
         Image.fromarray(pixels).save(folder / name / f"{i}.jpg", quality=90)
     return folder

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dataset import splits
 
+STRIP = 0.12  # share of the height cut off below: the burnt-in scale bar stands there
 UNITS = ("patient", "group")  # what a table may know of images that are alike
 
 
@@ -58,3 +59,17 @@ class Images:
         lines = [repr(self.classes)] + [f"{p}\t{y}\t{d}" for p, y, d in zip(
             self.paths, self.labels.tolist(), self.digests, strict=True)]
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def colour_statistics(pixels: np.ndarray, kind: str, cut_strip: bool = False) -> np.ndarray:
+    """float32 [n, 3] (`means` of R, G, B) or [n, 21] (`statistics`: of each channel the mean,
+    the standard deviation and the 5, 25, 50, 75, 95 % quantiles). pixels: uint8 [n, H, W, 3]."""
+    height = pixels.shape[1] - round(STRIP * pixels.shape[1]) * cut_strip
+    rows = []
+    for image in pixels[:, :height]:
+        flat = image.reshape(-1, 3).astype(np.float32)
+        row = [flat.mean(0)]
+        if kind == "statistics":
+            row += [flat.std(0), *np.percentile(flat, (5, 25, 50, 75, 95), axis=0)]
+        rows.append(np.concatenate(row))
+    return np.array(rows, dtype=np.float32)

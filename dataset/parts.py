@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from dataset import splits
-from dataset.images import UNITS, Images
+from dataset.images import UNITS, Images, colour_statistics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "give one, grouped where patients or groups are known, else random 80/10/10 (stratified "
         "folds); grouped without a table: identical images stay together")
     add("--split-seed", type=integer(0), default=42, help="seed of split and partition")
+
+
+def add_fold_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of cross-validation; a trainer sets the default of --folds."""
+    add = parser.add_argument_group("folds").add_argument
+    add("--folds", type=integer(1), help="k-fold cross-validation (default: federated 1, central "
+        "5); 1 = one run on the given --split")
+    add("--inner-val", type=number(0, 0.5), default=0.1, help="share of a fold's training part "
+        "that validates; 0 = no validation, the last model is scored")
 
 
 def add_client_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,15 +136,33 @@ def make_clients(args: argparse.Namespace, images: Images, split: splits.Split) 
     """The training part dealt to the clients that the flags describe."""
     if args.partition == "given":
         return list(splits.owned(images.known["client"], split).values())
+    if args.partition == "stain":
+        owner = stain_owners(args, images, split["train"])
+        clients = [split["train"][owner[split["train"]] == k] for k in range(args.clients)]
+        red = colour_statistics(images.array(), "means")[:, 0]
+        classes = [split["train"][images.labels[split["train"]] == c] for c in
+                   range(len(images.classes))]
+        print("mean red of the hospitals " + ", ".join(f"{red[own].mean():.1f}" for own in clients)
+              + "; of the classes " + ", ".join(f"{red[own].mean():.1f}" for own in classes))
+        return clients
     return splits.partition(args.partition, images.labels.numpy(), split["train"], args.clients,
                             args.split_seed, alpha=args.alpha,
                             classes_per_client=args.classes_per_client)
+
+
+def stain_owners(args: argparse.Namespace, images: Images, train: np.ndarray) -> np.ndarray:
+    """int64 [n]: the hospital of every image under --partition stain."""
+    return splits.stain_owners(colour_statistics(images.array(), "statistics"),
+                               images.labels.numpy(), images.paths, train, args.clients)
 
 
 def deal_part(args: argparse.Namespace, images: Images, part: np.ndarray,
               clients: list[np.ndarray]) -> list[np.ndarray]:
     """Validation or test images as shares of the clients: those that the table gives to one go to
     it, and the others are dealt so that each share mirrors its client's training classes."""
+    if args.partition == "stain":  # each hospital is judged on its own stain
+        owner = stain_owners(args, images, np.sort(np.concatenate(clients)))
+        return [part[owner[part] == k] for k in range(len(clients))]
     names = images.known.get("client")
     given = np.array([""] * len(part)) if names is None else names[part]
     dealt = splits.deal_like(images.labels.numpy(), part[given == ""], clients, args.split_seed)

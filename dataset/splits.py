@@ -13,7 +13,7 @@ import torch
 
 SPLITS = ("random", "stratified", "stratified80", "grouped", "blocked")
 FOLDS = ("stratified", "random", "grouped", "blocked")  # of k-fold cross-validation
-PARTITIONS = ("iid", "dirichlet", "dirichlet-equal", "shards")
+PARTITIONS = ("iid", "dirichlet", "dirichlet-equal", "shards", "stain")
 EMBARGO = 30  # files dropped at each boundary of a blocked split: neighbours share a field of view
 RETRIES = 1000
 
@@ -266,6 +266,31 @@ def partition(kind: str, labels: np.ndarray, train: np.ndarray, clients: int, se
             raise InputError(f"{clients} clients are too many: a class has fewer images than "
                              "owners")
     return [np.sort(part).astype(np.int64) for part in parts]
+
+
+def stain_owners(colour: np.ndarray, labels: np.ndarray, paths: list[str], train: np.ndarray,
+                 clients: int) -> np.ndarray:
+    """The client of every image, int64 [n], where clients differ by stain but not by class.
+    colour: statistics [n, d] of each image. They are standardised over the training part, each
+    class's mean is taken off, and images are ordered by the first principal component, its largest
+    loading positive: within each class, training images in `clients` equal slices (ties by path).
+    Other images fall into the slice of their class that their own value lies in."""
+    def spread(x: np.ndarray) -> np.ndarray:
+        return (x - x[train].mean(0)) / np.where(x[train].std(0) > 0, x[train].std(0), 1)
+    values = spread(colour.astype(float))
+    for c in np.unique(labels[train]):
+        values[labels == c] -= values[train[labels[train] == c]].mean(0)
+    axis = np.linalg.svd(values[train], full_matrices=False)[2][0]
+    score = values @ (axis * np.sign(axis[np.abs(axis).argmax()]))
+    owner = np.zeros(len(labels), dtype=np.int64)
+    for c in np.unique(labels[train]):
+        own = sorted(train[labels[train] == c].tolist(), key=lambda i: (score[i], paths[i]))
+        slices = np.array_split(np.array(own), clients)
+        cuts = [score[part[-1]] for part in slices[:-1] if len(part)]
+        owner[labels == c] = np.searchsorted(cuts, score[labels == c])
+        for k, part in enumerate(slices):
+            owner[part] = k
+    return owner
 
 
 def deal(labels: np.ndarray, indices: np.ndarray, fractions: np.ndarray,

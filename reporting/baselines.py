@@ -3,6 +3,8 @@
 A network that does not beat these has shown nothing about cells.
 """
 
+from checks import warn
+
 from functools import lru_cache
 
 import numpy as np
@@ -11,25 +13,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from data import Images
+from dataset.images import Images, colour_statistics
 from dataset.splits import Split
 from reporting.metrics import wilson
-
-STRIP = 0.12  # share of the height cut off below: the burnt-in scale bar stands there
-
-
-def colour_statistics(pixels: np.ndarray, kind: str, cut_strip: bool = False) -> np.ndarray:
-    """float32 [n, 3] (`means` of R, G, B) or [n, 21] (`statistics`: of each channel the mean,
-    the standard deviation and the 5, 25, 50, 75, 95 % quantiles). pixels: uint8 [n, H, W, 3]."""
-    height = pixels.shape[1] - round(STRIP * pixels.shape[1]) * cut_strip
-    rows = []
-    for image in pixels[:, :height]:
-        flat = image.reshape(-1, 3).astype(np.float32)
-        row = [flat.mean(0)]
-        if kind == "statistics":
-            row += [flat.std(0), *np.percentile(flat, (5, 25, 50, 75, 95), axis=0)]
-        rows.append(np.concatenate(row))
-    return np.array(rows, dtype=np.float32)
 
 
 @lru_cache(maxsize=1)  # folds, seeds and networks of one run share them
@@ -40,6 +26,9 @@ def colour_features(images: Images) -> dict[tuple[str, str], np.ndarray]:
             for kind, strip in kinds}
 
 
+MOST = 10_000  # training images that a classifier is fitted on: the SVM's time grows with n²
+
+
 def make_classifier(kind: str) -> Pipeline:
     """`1-nn`, or `rbf-svm` with C = 10 and gamma "scale"; features standardised where fitted."""
     return make_pipeline(StandardScaler(),
@@ -48,14 +37,17 @@ def make_classifier(kind: str) -> Pipeline:
 
 def colour_only(images: Images, split: Split) -> list[dict]:
     """Accuracy with Wilson interval on validation and test, a row per statistics and classifier.
-    Fitted on the training part."""
-    labels, rows = images.labels.numpy(), []
+    Fitted on the training part; of more than MOST images on a random sample, always the same."""
+    labels, rows, train = images.labels.numpy(), [], split["train"]
+    if len(train) > MOST:
+        train = np.sort(np.random.default_rng(0).choice(train, MOST, replace=False))
+        warn(f"note: colour alone is fitted on a sample, {MOST} of {len(split['train'])} training "
+             "images")
     for (kind, strip), x in colour_features(images).items():
         for name in ("1-nn", "rbf-svm"):
-            row = {"features": kind, "strip": strip, "classifier": name}
-            one = len(set(labels[split["train"]].tolist())) < 2  # nothing to tell apart
-            fitted = None if one else make_classifier(name).fit(
-                x[split["train"]], labels[split["train"]])
+            row = {"features": kind, "strip": strip, "classifier": name, "fitted_on": len(train)}
+            one = len(set(labels[train].tolist())) < 2  # nothing to tell apart
+            fitted = None if one else make_classifier(name).fit(x[train], labels[train])
             for part in ("val", "test"):
                 indices = split[part] if fitted else split[part][:0]
                 correct = sum(fitted.predict(x[indices]) == labels[indices]) if len(indices) else 0

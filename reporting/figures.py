@@ -157,15 +157,19 @@ def plot_reliability(p: np.ndarray, labels: np.ndarray, path: Path, bins: int = 
                  title=f"n = {len(labels)}")
 
 
-def plot_clients(images: Images, clients: list[np.ndarray], path: Path) -> None:
-    """Client × class counts of the training part."""
+def plot_clients(images: Images, clients: list[np.ndarray], colour: np.ndarray,
+                 path: Path) -> None:
+    """Client × class counts of the training part, and each client's mean colour at the end of its
+    row. colour: float [n, 3], the mean colour of each image, 0..255."""
     counts, classes = np.array([images.class_counts(own) for own in clients]), images.classes
     with drawing(path, 5.5, max(1.8, 0.4 * len(clients) + 1)) as axis:
         left = np.zeros(len(clients))
         for c, name in enumerate(classes):
             axis.barh(range(len(clients)), counts[:, c], left=left, label=name)
             left += counts[:, c]
-        axis.set(xlabel="training images", ylabel="client")
+        axis.barh(range(len(clients)), 0.04 * left.max(), left=left + 0.02 * left.max(),
+                  color=[colour[own].mean(0) / 255 for own in clients], edgecolor="grey")
+        axis.set(xlabel="training images; the last field is the mean colour", ylabel="client")
         axis.set_yticks(range(len(clients)), images.client_names(clients))
         axis.invert_yaxis()
         axis.legend(fontsize=8, ncols=len(classes), loc="lower center", bbox_to_anchor=(0.5, 1))

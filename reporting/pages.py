@@ -46,7 +46,7 @@ def print_colour(results: dict) -> None:
               f"{show(top['val'])}, test {show(top['test'])}")
 
 
-MEMBERS = ["part", "training images", "best epoch", "n", "accuracy (95 %)", "macro F1", "kappa",
+MEMBERS = ["part", "training images", "best", "n", "accuracy (95 %)", "macro F1", "kappa",
            "AUC"]
 
 
@@ -136,7 +136,8 @@ def class_table(test: dict, title: str) -> str:
 def colour_table(results: dict) -> str:
     rows = [[f"{row['features']}, {row['classifier']}, strip {row['strip']}", show(row["val"]),
              show(row["test"])] for row in results["colour_only"]]
-    return ("### What colour alone reaches\n\nNo network: classifiers on whole-image colour.\n\n"
+    return ("### What colour alone reaches\n\nNo network: classifiers on whole-image colour, "
+            f"fitted on {results['colour_only'][0]['fitted_on']} training images.\n\n"
             + markdown(["statistics", "validation", "test"], rows))
 
 

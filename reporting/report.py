@@ -16,7 +16,7 @@ from dataset.images import UNITS, Images
 from dataset.parts import both_sides
 from dataset.splits import Split, count_twins
 from reporting import figures, metrics, pages
-from reporting.baselines import colour_only
+from reporting.baselines import colour_features, colour_only
 from reporting.finished import read_predictions
 from reporting.pages import markdown
 from reporting.run_folder import read_history, read_json, read_run, write_json
@@ -121,7 +121,8 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
     figures.plot_roc(logits, labels[split["test"]], images.classes, test["per_class"],
                      folder / "roc.png")
     if clients is not None:
-        figures.plot_clients(images, clients, folder / "clients.png")
+        figures.plot_clients(images, clients, colour_features(images)["means", "included"],
+                             folder / "clients.png")
     chosen = ("Best = lowest validation loss, the earliest on ties; the test part was touched "
               "after training only." if best["val"] else
               "No validation part: the last epoch is scored.")
@@ -142,24 +143,24 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
 
 # ---- several networks ---------------------------------------------------------------------------
 
-def pool_folds(folder: Path, images: Images, several: dict[str, Split],
+def pool_folds(folder: Path, images: Images, several: dict[str, list[Split]],
                titles: dict[str, str]) -> dict:
     """Results, curves and report of a run that consists of `several` runs, each in its own folder.
     Means over them with sample standard deviation. Where their test parts are disjoint (folds),
-    every image has one prediction made without it: those are pooled, with intervals. titles: the
-    clients that folders stand for, by folder."""
+    every image has one prediction made without it: those are pooled, with intervals. several: by
+    folder the split of that run, or those of its own folds. titles: the clients that folders stand
+    for, by folder."""
     members = {name: read_json(folder / name / "results.json") for name in several}
     first, tests = next(iter(members.values())), {n: m["best"]["test"] for n, m in members.items()}
     results = {key: first[key] for key in NETWORK} | budget(list(members.values()))
-    unit = next(key for key in ("epoch", "round") if key in first["best"])
     results["members"] = [
-        {"name": name, "client": titles.get(name, name), "train": len(several[name]["train"]),
-         unit: m["best"][unit], "n": tests[name]["n"],
+        {"name": name, "client": titles.get(name, name), "train": len(several[name][0]["train"]),
+         "epoch": m["best"].get("epoch", m["best"].get("round", "–")), "n": tests[name]["n"],
          **{key: tests[name][key] for key in metrics.FIGURES}} for name, m in members.items()]
     results["mean"] = {key: metrics.mean_sd([t[key] for t in tests.values()])
                        for key in metrics.FIGURES}
     drawn = None
-    indices = np.concatenate([split["test"] for split in several.values()])
+    indices = np.concatenate([s["test"] for each in several.values() for s in each])
     if len(set(indices.tolist())) == len(indices):
         parts = [read_predictions(folder / name) for name in several]
         rows = {path: x for part in parts for path, x in zip(part.paths, part.logits, strict=True)}
@@ -167,9 +168,9 @@ def pool_folds(folder: Path, images: Images, several: dict[str, Split],
         logits = np.stack([rows[images.paths[i]] for i in indices])
         results["best"] = {"test": measure(images, indices, logits, None)}
         results["colour_only"] = pooled_colour(list(members.values()))
-        write_predictions(folder, images, {name: s["test"] for name, s in several.items()},
-                          {name: logits[np.searchsorted(indices, s["test"])]
-                           for name, s in several.items()})
+        tests = {name: split["test"] for name, (split,) in several.items()}
+        write_predictions(folder, images, tests, {
+            name: logits[np.searchsorted(indices, test)] for name, test in tests.items()})
         drawn = logits, images.labels.numpy()[indices]
     write_json(folder / "results.json", results)
     print_table(pages.MEMBERS, pages.member_rows(results))
@@ -192,12 +193,15 @@ def pooled_colour(members: list[dict]) -> list[dict]:
     return rows
 
 
-def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, Split],
+def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, list[Split]],
                 drawn: tuple[np.ndarray, np.ndarray] | None) -> None:
     """Figures and report.md of `pool_folds`. drawn: logits [n, C] and labels [n] of the pooled test
     parts, where they are disjoint."""
-    splits, rows = list(several.values()), pages.member_rows(results)
-    figures.plot_curves([read_history(folder / name) for name in several], folder / "curves.png")
+    splits, rows = [s for each in several.values() for s in each], pages.member_rows(results)
+    histories = [read_history(folder / name) for name, each in several.items() if len(each) == 1]
+    if histories:
+        figures.plot_curves(histories, folder / "curves.png",
+                            "round" if "round" in histories[0][0] else "epoch")
     run, colour = read_run(folder), "what the report of each part says"
     test = results["best"]["test"] if drawn else {}
     sections = [pages.head(folder, run, results), *unit_sections(images, splits, test),

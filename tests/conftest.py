@@ -7,13 +7,32 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import write_tree
+from helpers import train, write_tree
 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
     return write_tree(tmp_path_factory.mktemp("set") / "toy",
                       {"Benign": 22, "Early": 26, "Pre": 24})
+
+
+@pytest.fixture(scope="session")
+def whole(tree, tmp_path_factory):
+    """The run of helpers.BASE, uninterrupted: to read and to compare with, never to be changed."""
+    return train(tree, tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture(scope="session")
+def short(tree, tmp_path_factory):
+    """The same of one round."""
+    return train(tree, tmp_path_factory.mktemp("runs") / "short", "--rounds", 1)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures of this process are empty files: half of a toy run is matplotlib's. For runs that are
+    only compared; every kind of run is drawn by another test."""
+    monkeypatch.setattr("reporting.figures.save", lambda figure, path, dpi: path.touch())
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,9 @@ def write_tree(root: Path, counts: dict[str, int], size: int = 20, seed: int = 0
 # A process of a test is forked from a server that has imported everything and run nothing: a real
 # process, to be killed or measured, without six seconds of imports.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["helpers"])
+SERVER.set_forkserver_preload([
+    "helpers", "audit", "compare", "explain", "predict", "reporting.report",
+    "sklearn.model_selection", "matplotlib.backends.backend_agg"])  # what scripts load late, too
 SEES = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}  # the server, at its start
 
 

@@ -156,10 +156,9 @@ def test_grey_world_gives_equal_channel_means():
     assert means.max() - means.min() < 0.1 and image.float().mean((1, 2)).max() > 110
 
 
-def test_interventions_change_training_and_follow_the_model(tree, tmp_path):
-    plain = train(tree, tmp_path / "plain")
+def test_interventions_change_training_and_follow_the_model(tree, whole, tmp_path):
     masked = train(tree, tmp_path / "masked", "--remove", "colour", "scale-bar")
-    states = [models.read_file(f / "model.pt") for f in (plain, masked)]
+    states = [models.read_file(f / "model.pt") for f in (whole, masked)]
     assert states[0]["interventions"] == []
     assert states[1]["interventions"] == ["scale-bar", "colour"]
     assert not torch.equal(*(next(iter(s["state"].values())) for s in states))

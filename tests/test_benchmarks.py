@@ -3,7 +3,9 @@
 import json
 import runpy
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import Process, ranks, torchrun
@@ -86,3 +88,48 @@ def test_contention_compares_medians_with_idle_and_with_what_libgomp_does_by_its
         name: {"idle_steps_per_second": 1 / s, "busy_over_idle": s / 8, "two_over_idle": s / 4,
                "idle_over_libgomp": 1 / s}
         for name, s in (("scripts", 2.0), ("libgomp", 1.0), ("passive", 4.0))}}
+
+
+def test_growth_prints_one_json_object_last_and_draws(capsys, monkeypatch, tmp_path):
+    """Its processes are calls here."""
+    growth = runpy.run_path(str(FOLDER / "growth.py"))
+
+    def called(command, **_):
+        numbers = list(map(int, command[3:]))
+        found = growth["shares" if len(numbers) == 1 else "work"](*numbers)
+        return subprocess.CompletedProcess(command, 0, json.dumps(found) + "\n")
+    monkeypatch.setattr(subprocess, "run", called)
+    monkeypatch.setattr("sys.argv", ["growth.py", "--base", "8", "--clients", "4", "16",
+                                     "--resnet-images", "0", "--out", str(tmp_path / "g.png")])
+    growth["main"]()
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [r["images"] for r in out["images"]] == [8, 32, 128]
+    assert [r["clients"] for r in out["clients"]] == [4, 16]
+    assert all(0 < r["averaging"] < 1 for r in out["images"] + out["clients"])
+    assert out["time_many_clients_over_few"] == pytest.approx(
+        out["clients"][1]["seconds"] / out["clients"][0]["seconds"])
+    assert (tmp_path / "g.png").exists()
+
+
+def test_start_prints_one_json_object_last(capsys, monkeypatch):
+    """The six imports of Python are not measured here, only that they would be."""
+    commands = []
+    original = subprocess.run
+
+    def called(command, **more):  # others may ask the machine how many cores it has
+        if command[0] != sys.executable:
+            return original(command, **more)
+        return commands.append(command[1:])
+    monkeypatch.setattr(subprocess, "run", called)
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr("sys.argv", ["start.py", "--images", "40", "--image-size", "16", "--model",
+                                     "shufflenet_v2_x0_5"])
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(
+        ru_utime=len(commands), ru_stime=0.0))
+    runpy.run_path(str(FOLDER / "start.py"), run_name="__main__")
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert commands[0] == ["-c", "import torch, torchvision"]
+    assert ["audit.py", "--help"] in commands and len(commands) == 3 * 8
+    assert set(out["help_over_import_torch"].values()) == {1.0}
+    assert out["start_without_decoding_over_import_torch"] == pytest.approx(
+        1 + out["read_cache_seconds"] + out["network_seconds"])

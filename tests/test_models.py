@@ -221,3 +221,24 @@ def test_device_that_is_not_there():
     with pytest.raises(InputError, match="not there"):
         models.pick_device("abacus")
     assert models.pick_device("cpu").type == "cpu"
+
+
+def test_a_trunk_without_its_classifier_is_taken_and_told(capsys):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Conv2d(3, 2, 3)
+            self.classifier = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+    donor, model = Net(), Net()
+    before = model.classifier[0].weight.clone()
+    trunk = {k: v.half() for k, v in donor.state_dict().items() if k.startswith("features")}
+    models.load_matching(model, trunk, "classifier.2", "trunk.pth")
+    assert "trunk.pth: has no layer of the classifier" in capsys.readouterr().out
+    assert torch.equal(model.features.weight, donor.features.weight.half().float())
+    assert torch.equal(model.classifier[0].weight, before)
+    part = trunk | {"classifier.0.bias": donor.classifier[0].bias.detach()}
+    with pytest.raises(InputError, match="1 entries missing"):  # half a classifier is another one
+        models.load_matching(model, part, "classifier.2", "part.pth")
+    with pytest.raises(InputError, match="1 entries missing"):  # and the trunk must be whole
+        models.load_matching(model, {"features.weight": trunk["features.weight"]}, "classifier.2",
+                             "half.pth")

@@ -15,9 +15,9 @@ from dataset.files import CLASSES
 from reporting import figures, metrics, pages, run_folder
 
 
-@pytest.fixture(scope="module")
-def run(tree, tmp_path_factory):
-    return train(tree, tmp_path_factory.mktemp("names") / "run", "--rounds", 1)
+@pytest.fixture
+def run(short):
+    return short
 
 
 # ---- names are text -----------------------------------------------------------------------------

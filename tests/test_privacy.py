@@ -331,7 +331,7 @@ def test_the_figures_are_those_of_the_definition_pair_by_pair(runs):
     part = read(runs / "run" / "privacy")["parts"][""]
     case = privacy.prepare(runs / "run", None, replay=False)
     images, labels = case.run.images, case.run.images.labels.numpy()
-    owned, test = case.run.clients[2], case.run.several[""]["test"]
+    owned, test = case.run.clients[""][2], case.run.several[""]["test"]
 
     def phi(path):
         if path is not None:
@@ -354,7 +354,7 @@ def test_the_figures_are_those_of_the_definition_pair_by_pair(runs):
     found = next(one for one in part["A2"]["controls"]["each"]
                  if (one["model"], one["images"]) == (0, 2))
     assert found["value"] == pytest.approx(share(control), abs=1e-3)
-    untrained = [i for k in range(4) for i in case.run.clients[k]]
+    untrained = [i for k in range(4) for i in case.run.clients[""][k]]
     pairs = [before[i] > before[j] for i in untrained for j in test if labels[i] == labels[j]]
     assert part["A1"]["placebo"]["value"] == pytest.approx(np.mean(pairs), abs=1e-3)
 
@@ -393,8 +393,8 @@ def test_the_round_after_the_last_is_the_one_that_a_longer_run_trains(runs, tmp_
     case = privacy.prepare(tmp_path / "3", None, replay=True)
     last = models.read_file(tmp_path / "3" / "last.pt")
     case_sides = membership.make_sides(case.run.images.labels.numpy(), case.run.several[""],
-                                       case.hospitals, np.arange(400))
-    found, records = privacy.replay(case, last["state"], last["history"], case_sides, lambda n: n)
+                                       case.hospitals(""), np.arange(400))
+    found, records = privacy.replay(case, "", last["state"], last["history"], case_sides, str)
     assert privacy.prove(records, history[3]["clients"]) == {"equal": True, "by": 0.0}
     assert list(found) == [0, 1, 2, 3] and {len(phi) for phi in found.values()} == {360}
 
@@ -441,6 +441,22 @@ def test_a_cross_validation_is_taken_fold_by_fold(runs, tmp_path):
         measure(folds / "fold1")
 
 
+def test_a_federated_cross_validation_is_taken_fold_by_fold_by_all_attacks(runs, tmp_path):
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    train_federated.main(["--data", str(runs / "set"), *MEMORY, "--folds", "2", "--clients", "2",
+                          "--rounds", "1", "--local-epochs", "10", "--out", str(run)])
+    train_central.main(["--like", str(run), "--local-only", "--out", str(alone)])
+    measure(run, "--alone", alone, "--table", runs / "groups.csv")
+    found = read(run / "privacy")
+    assert list(found["parts"]) == ["fold1", "fold2"] and found["not_tried"] == {}
+    for part in found["parts"].values():
+        assert part["replay"]["equal"] and [one["round"] for one in part["rounds"]] == [1, 2]
+        assert part["A2"]["value"] > 0.9 and part["rounds"][0]["A4"]["value"] > 0.9
+        assert privacy_page.holds(part["A2"]["placebo"])
+    page = (run / "privacy" / "report.md").read_text("utf-8")
+    assert page.startswith(f"{SAID} **yes**") and "| fold2: A3, round 2, client 1 |" in page
+
+
 @pytest.mark.parametrize(("changed", "attacks", "words"), [
     ({"split": "grouped"}, 4, "--split grouped"), ({"split": "blocked"}, 4, "--split blocked"),
     ({"split": "given"}, 4, "--split given"), ({"split": "stratified80"}, 4, "chosen the model"),
@@ -483,8 +499,8 @@ def test_the_models_trained_alone_must_be_of_the_same_split_and_budget(runs, tmp
     (alone / "client2" / "results.json").unlink()
     with pytest.raises(InputError, match="client2 has no results.json"):
         measure(*plain, alone)
-    rows = (alone / "split.csv").read_text("utf-8").replace(",train,0", ",train,1", 1)
-    (alone / "split.csv").write_text(rows, "utf-8")
+    place = alone / "client1" / "split.csv"
+    place.write_text(place.read_text("utf-8").replace(",train,", ",val,", 1), "utf-8")
     with pytest.raises(InputError, match="another split, or other clients"):
         measure(*plain, alone)
     with pytest.raises(InputError, match="hospitals alone"):

@@ -15,6 +15,7 @@ import train_central
 from reporting import metrics, run_folder
 from training import evaluation
 
+pytestmark = pytest.mark.usefixtures("undrawn")  # but for folds_run, in a process of its own
 FOLDS = ["--folds", "3", "--epochs", "2", "--optimizer", "sgd", "--plateau", "1"]
 
 

@@ -17,6 +17,7 @@ from dataset import parts
 from reporting import metrics, run_folder
 from training import evaluation
 
+pytestmark = pytest.mark.usefixtures("undrawn")  # but for hard_run, in a process of its own
 # momentum, partial participation, non-IID: whatever a resume could get wrong
 HARD = ["--optimizer", "sgd", "--fraction", "0.5", "--partition", "dirichlet", "--plateau", "1"]
 
@@ -121,7 +122,7 @@ def test_killed_and_resumed_equals_never_killed(hard_run, tree, tmp_path, point,
     assert not list(out.glob("*.tmp"))
 
 
-def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tree, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tree, whole, tmp_path, monkeypatch, capsys):
     original, calls = fedavg.train_step, []
 
     def interrupted(*args, **kwargs):
@@ -136,7 +137,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tree, tmp_path, monkeypatch,
     assert stop.value.code == 130
     assert f"train_federated.py --resume {tmp_path / 'run'}" in capsys.readouterr().err
     train_federated.main(["--resume", str(tmp_path / "run")])
-    assert same_run(tmp_path / "run", train(tree, tmp_path / "whole"))
+    assert same_run(tmp_path / "run", whole)
 
 
 # ---- evaluation does not leak -----------------------------------------------------------------

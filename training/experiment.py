@@ -26,7 +26,8 @@ class Experiment:
     """Everything that training needs, checked before it begins."""
     images: data.Images
     several: dict[str, splits.Split]  # by folder: fold1, fold2, ...; one split has the name ""
-    clients: list[np.ndarray]  # training images of each client, int64 indices; federated runs only
+    clients: dict[str, list[np.ndarray]]  # by folder, for federated runs: the training images of
+    # each client, int64 indices
     model: torch.nn.Module
     recipe: fedavg.Recipe
     device: torch.device
@@ -52,15 +53,15 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
     folds = getattr(args, "folds", 1)
     several = ({"": parts.make_split(args, images)} if folds == 1 else
                {f"fold{k}": fold for k, fold in enumerate(parts.make_folds(args, images), 1)})
-    clients = []
+    clients = {}
     if job.folder is not None:  # a hospital with images of its own knows no others
         own, nothing = several[""]["train"], several[""]["train"][:0]
-        clients = [own if k == job.rank else nothing for k in range(job.world)]
+        clients[""] = [own if k == job.rank else nothing for k in range(job.world)]
     elif "clients" in args:
-        clients = parts.make_clients(args, images, several[""])
+        clients = {name: parts.make_clients(args, images, split) for name, split in several.items()}
     model = models.build(args.model, len(images.classes), args.weights, args.seed, images.classes)
     models.freeze(model, args.train_from, batchnorm=args.bn == "freeze")
-    if 1 in map(len, clients) and models.needs_batch(model):
+    if models.needs_batch(model) and any(1 in map(len, dealt) for dealt in clients.values()):
         raise InputError("a client owns one image only, too few for BatchNorm: fewer clients, or "
                          "another --partition")
     if job.folder is not None and (job.folder / "run.json").exists():
@@ -74,7 +75,7 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
 def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experiment) -> dict:
     """The checkpoint of a federated run, or its beginning, at every process. Writes the split of a
     new run, and moves the pixels to the training device, where batches are gathered."""
-    (split,) = run.several.values()
+    (split,), (clients,) = run.several.values(), run.clients.values()
     state = models.moved(run.model.state_dict(), "cpu")
     checkpoint = {"round": 0, "state": state, "local_bn": {}, "history": []}
     if job.folder is not None:
@@ -82,13 +83,24 @@ def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experime
         for place, whole in ((job.folder.parent, None), (job.folder, job.folder.parent.name)):
             if not (place / "run.json").exists():
                 run_folder.write_run(place, args, "federated", run.images, run.device, whole)
-        tables.write_split(job.folder, run.images, split, run.clients)
+        tables.write_split(job.folder, run.images, split, clients)
     if folder is not None:
-        checkpoint = run_folder.start_or_resume(folder, run.images, split, run.clients, checkpoint)
+        checkpoint = run_folder.start_or_resume(folder, run.images, split, clients, checkpoint)
     data.keep_on(run.images, run.device)
     checkpoint = job.resume(checkpoint, state)
     moved = {k: models.moved(s, run.device) for k, s in checkpoint["local_bn"].items()}
     return checkpoint | {"state": models.moved(checkpoint["state"], run.device), "local_bn": moved}
+
+
+def open_part(args: argparse.Namespace, part: Path, run: Experiment, split: splits.Split) -> Path:
+    """The folder of a part of a larger run: a fold, or a hospital alone. Says what is in it."""
+    part.mkdir(parents=True, exist_ok=True)
+    if not (part / "run.json").exists():
+        script = "federated" if "rounds" in args else "central"
+        run_folder.write_run(part, args, script, run.images, run.device, part.parent.name)
+    print(f"---- {part.name}: {len(split['train'])} training, {len(split['val'])} validation, "
+          f"{len(split['test'])} test images", flush=True)
+    return part
 
 
 def weighted(args: argparse.Namespace, run: Experiment, counts: list[int]) -> fedavg.Recipe:

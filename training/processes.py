@@ -95,6 +95,7 @@ class Job:
                  f"{len(args.site_data)} folder(s) for {local} process(es) of this machine"),
                 (not folder or name in ("", ".", "..") or "/" in name, "must be NAME=DIR"),
                 (not (args.out or args.resume), "needs --out, where every site writes a folder"),
+                (args.folds > 1, "a hospital with images of its own has one split: --folds 1"),
                 (args.table, "a --table belongs to --data, not to the folders of hospitals"),
                 (args.bn == "local", "the server would keep a state of every site with --bn local"),
                 (self.folder.exists() and not (args.resume or provenance.restarts()),

@@ -1,0 +1,60 @@
+"""Copies what anyone can recompute of a run to results/: no pixels, no weights, no machine's paths.
+
+    python benchmarks/publish.py runs/NAME [runs/OTHER ...] --to results
+
+Of a run, and of each fold or client in it: run.json, results.json, history.jsonl, split.csv,
+predictions.csv. `python compare.py results/A results/B` then gives the published table.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from checks import InputError, guard, make_parser
+
+import json
+import shutil
+
+FILES = ("run.json", "results.json", "history.jsonl", "split.csv", "predictions.csv")
+
+
+def without_paths(value):
+    """The same JSON with every absolute path, alone or after `=`, cut to its last name."""
+    if isinstance(value, dict):
+        return {key: without_paths(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [without_paths(x) for x in value]
+    if isinstance(value, str) and "/" in value:
+        name, equals, path = value.rpartition("=")
+        return name + equals + Path(path).name if Path(path).is_absolute() else value
+    return value
+
+
+def publish(run: Path, place: Path) -> None:
+    """Copy the run to the new folder `place`. InputError for one that is not complete."""
+    if not (run / "results.json").exists():
+        raise InputError(f"{run}: the run is not complete, it has no results.json")
+    if place.exists():
+        raise InputError(f"{place}: exists already")
+    for source in sorted(run.rglob("run.json")):
+        folder = place / source.parent.relative_to(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if name == "run.json":
+                content = without_paths(json.loads(source.read_text("utf-8")))
+                (folder / name).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+            elif (source.parent / name).exists():
+                shutil.copyfile(source.parent / name, folder / name)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--to", metavar="DIR", default="results", help="default: results")
+    args = parser.parse_args()
+    for run in map(Path, args.runs):
+        publish(run, Path(args.to) / run.name)
+
+
+if __name__ == "__main__":
+    guard(main)

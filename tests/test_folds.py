@@ -1,0 +1,225 @@
+"""Federated cross-validation, its twins, the partition by stain, and what is published of runs."""
+
+from checks import InputError
+
+import argparse
+import csv
+import json
+import runpy
+
+import numpy as np
+import pytest
+from helpers import BASE, ROOT, SMALL, history, same_run, script, toy_images, train, write_tree
+
+import compare
+import train_central
+import train_federated
+from dataset import parts, splits
+from dataset.images import colour_statistics
+from reporting import finished, tables
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp("folds") / "toy", {"Benign": 24, "Early": 24,
+                                                                 "Pre": 24})
+
+
+@pytest.fixture(scope="module")
+def federated(tree, tmp_path_factory):
+    """Three folds of three hospitals."""
+    return train(tree, tmp_path_factory.mktemp("federated") / "run", "--rounds", 2, "--folds", 3,
+                 "--clients", 3)
+
+
+def rows(folder):
+    with open(folder / "split.csv", **tables.CSV) as file:
+        return list(csv.DictReader(file))
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_folds_are_those_of_the_centre_part_by_part(tree, federated, tmp_path):
+    out = tmp_path / "central"
+    train_central.main(["--data", str(tree), *SMALL, "--folds", "3", "--epochs", "1", "--out",
+                        str(out)])
+    for name in ("", "fold1", "fold2", "fold3"):
+        one, two = ([(r["path"], r["split"]) for r in rows(f / name)] for f in (federated, out))
+        assert one == two
+    tests = [r["path"] for k in (1, 2, 3) for r in rows(federated / f"fold{k}")
+             if r["split"] == "test"]
+    assert sorted(tests) == sorted(r["path"] for r in rows(federated))
+    compare.main([str(federated), str(out), "--out", str(tmp_path / "c")])
+    (test,) = json.loads((tmp_path / "c" / "comparison.json").read_text())["tests"]
+    assert test["n"] == 72 and test["difference"]["low"] < test["difference"]["high"]
+    assert (tmp_path / "c" / "curves.png").exists()
+
+
+def test_every_fold_is_a_whole_run_partitioned_anew_and_all_are_pooled(tree, federated, tmp_path):
+    owners = [{r["path"]: r["client"] for r in rows(federated / f"fold{k}")} for k in (1, 2, 3)]
+    assert owners[0] != owners[1]
+    for k, owner in enumerate(owners, 1):
+        assert set(owner.values()) == {"", "0", "1", "2"}
+        assert (federated / f"fold{k}" / "report.md").exists()
+        assert len(history(federated / f"fold{k}")) == 2
+    pooled = results(federated)
+    assert pooled["best"]["test"]["n"] == 72
+    assert [m["name"] for m in pooled["members"]] == ["fold1", "fold2", "fold3"]
+    hits = sum(results(federated / f"fold{k}")["best"]["test"]["accuracy"]["value"]
+               * results(federated / f"fold{k}")["best"]["test"]["n"] for k in (1, 2, 3))
+    assert pooled["best"]["test"]["accuracy"]["value"] * 72 == pytest.approx(hits)
+    # the first fold alone, given as a table, is the same run: no fold leaves a trace in the next
+    alone = train(tree, tmp_path / "alone", "--rounds", 2, "--table",
+                  federated / "fold2" / "split.csv")
+    assert same_run(alone, federated / "fold2")
+
+
+def test_folds_resume_anywhere_and_processes_change_nothing(tree, federated, tmp_path, monkeypatch):
+    flags = ["--data", str(tree), *BASE, "--rounds", "2", "--folds", "3", "--clients", "3"]
+    original, calls = train_federated.evaluation.save_progress, []
+
+    def stop(*a):
+        original(*a)
+        calls.append(a)
+        if len(calls) == 3:  # in the middle of the second fold
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train_federated.evaluation, "save_progress", stop)
+        with pytest.raises(SystemExit):
+            train_federated.main([*flags, "--out", str(tmp_path / "run")])
+    with pytest.raises(InputError, match="part of a larger run"):
+        train_federated.main(["--resume", str(tmp_path / "run" / "fold2")])
+    train_federated.main(["--resume", str(tmp_path / "run")])
+    for name in ("fold1", "fold2", "fold3"):
+        assert same_run(tmp_path / "run" / name, federated / name)
+    for file in ("predictions.csv", "split.csv"):
+        assert (tmp_path / "run" / file).read_bytes() == (federated / file).read_bytes()
+
+
+def test_the_centre_and_each_hospital_take_the_folds_of_a_run(tree, federated, tmp_path, capsys):
+    out = tmp_path / "like"
+    train_central.main(["--like", str(federated), "--batch-size", "16", "--out", str(out)])
+    assert "--batch-size is 16, and 8 in" in capsys.readouterr().err
+    for name in ("fold1", "fold3"):
+        assert [(r["path"], r["split"]) for r in rows(out / name)] == [
+            (r["path"], r["split"]) for r in rows(federated / name)]
+        assert [r["epoch"] for r in history(out / name)] == [1, 2]
+    alone = tmp_path / "alone"
+    train_central.main(["--like", str(federated), "--local-only", "--out", str(alone)])
+    found = results(alone)
+    assert [m["name"] for m in found["members"]] == ["client0", "client1", "client2"]
+    assert "best" not in found and [m["n"] for m in found["members"]] == [72] * 3
+    mine = {r["path"] for r in rows(alone / "client1" / "fold2") if r["split"] == "train"}
+    assert mine == {r["path"] for r in rows(federated / "fold2") if r["client"] == "1"}
+    several = compare.load(alone)
+    assert len(several) == 3 and {len(r.test.paths) for r in several} == {72}
+    compare.main([str(federated), str(alone), "--out", str(tmp_path / "c")])
+    (test,) = json.loads((tmp_path / "c" / "comparison.json").read_text())["tests"]
+    assert test["n"] == 72
+
+
+def test_folds_are_refused_to_hospitals_with_images_of_their_own(tmp_path):
+    done = script("--site-data", "A=x", "B=y", "--folds", "2", "--out",
+                  str(tmp_path / "x"), env={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                                            "LOCAL_WORLD_SIZE": "2"})
+    assert done.returncode == 2 and "has one split: --folds 1" in done.stderr
+
+
+# ---- stain --------------------------------------------------------------------------------------
+
+def stained(n=120):
+    """Images whose red rises with the class, and all of whose channels rise with a stain."""
+    images = toy_images(n, classes=3, size=4)
+    rng = np.random.default_rng(0)
+    stain = rng.permutation(n) / n
+    labels = images.labels.numpy()
+    pixels = images.pixels.numpy()
+    pixels[:] = rng.integers(0, 4, pixels.shape)
+    pixels[:, 0] += (40 * labels)[:, None, None].astype(np.uint8)
+    pixels += (100 * stain)[:, None, None, None].astype(np.uint8)
+    return images, stain
+
+
+def test_hospitals_differ_by_stain_and_not_by_class():
+    images, stain = stained()
+    labels, train_part = images.labels.numpy(), np.arange(0, 120, 2)
+    x = colour_statistics(images.array(), "statistics")
+    owner = splits.stain_owners(x, labels, images.paths, train_part, 4)
+    for c in range(3):
+        own = train_part[labels[train_part] == c]
+        assert np.bincount(owner[own]).tolist() == [5, 5, 5, 5]
+        order = own[np.argsort(stain[own])]  # the planted stain is what is found
+        assert owner[order].tolist() == sorted(owner[order].tolist())
+        rest = np.setdiff1d(np.flatnonzero(labels == c), train_part)
+        for k in range(3):  # other images: by the cuts of the training part of their class
+            cut = stain[own[owner[own] == k]].max()
+            assert (owner[rest[stain[rest] <= cut - 0.03]] <= k).all()
+            assert (owner[rest[stain[rest] >= cut + 0.03]] > k).all()
+    again = splits.stain_owners(x[::-1], labels[::-1], images.paths[::-1], 119 - train_part[::-1],
+                                4)
+    assert np.array_equal(again[::-1], owner)  # the order of the images changes nothing
+
+
+def test_identical_images_are_cut_by_path_and_constant_colour_is_no_error():
+    labels, paths = np.zeros(6, int), list("fedcba")
+    owner = splits.stain_owners(np.ones((6, 21)), labels, paths, np.arange(6), 3)
+    assert owner.tolist() == [2, 2, 1, 1, 0, 0]
+
+
+def test_a_run_by_stain_prints_the_size_of_the_shift_and_judges_each_on_its_own(tree, tmp_path,
+                                                                              capsys):
+    out = train(tree, tmp_path / "run", "--rounds", 1, "--partition", "stain", "--clients", 2,
+                "--bn", "local")
+    assert "mean red of the hospitals " in capsys.readouterr().out
+    _, images = finished.load_images(out)
+    split, clients, _ = tables.read_split(out, images)
+    args = train_federated.run_folder.read_run(out)["arguments"]
+    assert args["partition"] == "stain" and (out / "clients.png").exists()
+    shares = parts.deal_part(argparse.Namespace(**args), images, split["test"], clients)
+    told = results(out)["best"]["test"]["clients"]
+    assert [0 if c is None else c["n"] for c in told] == list(map(len, shares))
+    assert np.array_equal(np.sort(np.concatenate(shares)), split["test"])
+
+
+# ---- published ----------------------------------------------------------------------------------
+
+def recomputed(folder):
+    """The figures that the predictions of a published run give."""
+    run = json.loads((folder / "run.json").read_text())
+    test = finished.read_predictions(folder)
+    p = np.exp(test.logits)
+    return run, test, p
+
+
+def check_published(folder):
+    """results.json says what predictions.csv gives; no path of a machine is in run.json."""
+    _, test, p = recomputed(folder)
+    told = results(folder)["best"]["test"]
+    assert told["n"] == len(test.paths)
+    assert told["accuracy"]["value"] == pytest.approx((p.argmax(1) == test.labels).mean())
+    assert np.trace(np.array(told["confusion"])) == (p.argmax(1) == test.labels).sum()
+    assert not [x for x in (folder / "run.json").read_text().split('"') if x.startswith("/")]
+
+
+def test_a_published_run_is_compared_like_the_run_itself(federated, tmp_path):
+    publish = runpy.run_path(str(ROOT / "benchmarks" / "publish.py"))["publish"]
+    for name in ("one", "two"):
+        publish(federated, tmp_path / name)
+    files = {p.name for p in (tmp_path / "one").rglob("*") if p.is_file()}
+    assert files == {"run.json", "results.json", "history.jsonl", "split.csv", "predictions.csv"}
+    check_published(tmp_path / "one")
+    compare.main([str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "c")])
+    table = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert table["rows"][next(iter(table["rows"]))]["accuracy"] == (
+        results(federated)["best"]["test"]["accuracy"])
+    with pytest.raises(InputError, match="not complete"):
+        publish(tmp_path, tmp_path / "x")
+    with pytest.raises(InputError, match="exists already"):
+        publish(federated, tmp_path / "one")
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "results").glob("*/run.json")), ids=str)
+def test_every_committed_table_is_what_its_predictions_give(folder):
+    check_published(folder.parent)
