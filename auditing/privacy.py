@@ -136,7 +136,7 @@ def check_split(folder: Path, images: data.Images, split: Split,
 
 def check_alone(folder: Path, case: Case) -> dict[str, list[Path]]:
     """By fold, the folders of the hospitals' own models. InputError unless they were trained on the
-    same split and clients with the same recipe and budget, to the end: else they are no reference."""
+    same split and clients with the same recipe and budget, to the end: else they are none."""
     theirs, ours = run_folder.read_run(folder)["arguments"], case.record["arguments"]
     if not theirs.get("local_only"):
         raise InputError(f"--alone {folder}: not a run of train_central.py --like --local-only")
