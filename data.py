@@ -237,8 +237,8 @@ def train_batch(images: Images, indices: Tensor, ranges: Augmentation | None,
 
 def eval_batch(images: Images, indices: Tensor, device: torch.device) -> Tensor:
     """A gathered and normalised batch; indices: int64 [n] on the CPU. Nothing in it is random."""
-    on = images.pixels.device
-    return normalise(gather(images, indices if on.type == "cpu" else indices.to(on), device))
+    rows = indices if images.pixels.device.type == "cpu" else indices.to(images.pixels.device)
+    return normalise(gather(images, rows, device))
 
 
 # ---- as a script ------------------------------------------------------------------------------
