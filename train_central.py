@@ -68,16 +68,19 @@ def prepare(args: argparse.Namespace) -> tuple[experiment.Experiment, Parts, lis
         raise InputError("train_central.py runs in one process, not under torchrun")
     if args.local_only and args.like is None:
         raise InputError("--local-only needs --like RUN, the federated run whose clients train")
+    recorded = {} if args.like is None else run_folder.read_run(Path(args.like))["arguments"]
+    if recorded and args.folds != recorded.get("folds", 1):
+        raise InputError(f"--like {args.like}: --folds is {recorded.get('folds', 1)} there")
     with job.preparing(args) as facts:
         run = experiment.prepare(args, job, facts)
     if args.like is None:
         return run, {"": run.several}, []
-    say_differences(args, run_folder.read_run(Path(args.like))["arguments"])
     several: Parts = {}
     for fold, split in run.several.items():
         run.clients[fold], names = like_clients(args, Path(args.like) / fold, run.images, split)
         for k, owned in enumerate(run.clients[fold]):
             several.setdefault(f"client{k}", {})[fold] = split | {"train": owned}
+    say_differences(args, recorded)
     if not args.local_only:
         return run, {"": run.several}, []
     if args.folds == 1:

@@ -33,7 +33,7 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that deal the training part to clients."""
     add = parser.add_argument_group("clients").add_argument
     add("--clients", type=integer(1), help="number of hospitals (default 4, or as the table says)")
-    add("--partition", choices=(*splits.PARTITIONS, "given"),
+    add("--partition", choices=(*splits.PARTITIONS, "stain", "given"),
         help="default: given where the table has a column client, else iid, equal sizes")
     add("--alpha", type=number(0, open_low=True), default=0.3, help="of the Dirichlet partitions")
     add("--classes-per-client", type=integer(1), default=2, help="of --partition shards")

@@ -13,7 +13,7 @@ import torch
 
 SPLITS = ("random", "stratified", "stratified80", "grouped", "blocked")
 FOLDS = ("stratified", "random", "grouped", "blocked")  # of k-fold cross-validation
-PARTITIONS = ("iid", "dirichlet", "dirichlet-equal", "shards", "stain")
+PARTITIONS = ("iid", "dirichlet", "dirichlet-equal", "shards")
 EMBARGO = 30  # files dropped at each boundary of a blocked split: neighbours share a field of view
 RETRIES = 1000
 

@@ -7,11 +7,12 @@ import json
 
 import numpy as np
 import pytest
-from helpers import ROOT, SMALL, equal, history, kill, same_run, script, train
+from helpers import ROOT, SMALL, equal, history, kill, same_run, script, toy_images, train
 
 import fedavg
 import models
 import train_central
+from dataset import parts
 from reporting import metrics, run_folder
 from training import evaluation
 
@@ -179,7 +180,7 @@ def test_the_last_fold_does_not_depend_on_those_before(folds_run, tree, tmp_path
     out, _ = folds_run
     args = run_folder.parse("x", train_central.GROUPS, train_central.defaults,
                             ["--data", str(tree), *SMALL, *FOLDS])
-    run, _ = train_central.prepare(args)
+    run, _, _ = train_central.prepare(args)
     (tmp_path / "fold3").mkdir()
     (tmp_path / "fold3" / "run.json").write_text((out / "fold3" / "run.json").read_text())
     train_central.train_alone(args, tmp_path / "fold3", run, run.several["fold3"],
@@ -275,9 +276,12 @@ def test_defaults_are_the_papers_and_the_demonstrations():
     paper = parse("--data", "x")
     assert (paper.model, paper.folds, paper.epochs, paper.split, paper.inner_val, paper.lr,
             paper.plateau, paper.early_stop, paper.period, paper.bn) == (
-        "resnet50", 5, 40, "stratified", 0.1, 1e-4, 5, 10, 1, "train")
-    assert parse("--data", "x", "--folds", "1").split == "random"
-    assert parse("--data", "x", "--split", "random").split == "random"
+        "resnet50", 5, 40, None, 0.1, 1e-4, 5, 10, 1, "train")
+    for flags, split in ([], "stratified"), (["--folds", "1"], "random"), (
+            ["--split", "blocked"], "blocked"):
+        given = parse("--data", "x", *flags)
+        parts.settle(given, toy_images(20))  # what is not given follows from the images
+        assert given.split == split
     small = parse()
     assert (small.epochs, small.model, small.weights, small.folds) == (20, "resnet18", "none", 5)
 

@@ -19,7 +19,7 @@ import data
 import explain
 import train_central
 import train_federated
-from dataset import splits
+from dataset import parts, splits
 from reporting import baselines, finished, run_folder
 
 QUICK = ["--per-class", "1", "--samples", "20", "--steps", "2", "--lime-seeds", "2"]
@@ -137,7 +137,7 @@ def test_a_list_of_sizes_is_cut(tmp_path, capsys):
         Image.new("RGB", (20 + i, 20)).save(path)
     args = data.make_parser("x")
     data.add_arguments(args)
-    data.add_client_arguments(args)
+    parts.add_client_arguments(args)
     given = args.parse_args(["--data", str(tmp_path), "--image-size", "20"])
     data.describe(given, data.load(given))
     lines = capsys.readouterr().out.splitlines()
