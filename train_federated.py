@@ -121,7 +121,8 @@ def recalibrate(job: processes.Job, model: torch.nn.Module, state: models.State,
             for rows in data.batch_slices(mixed, data.EVAL_BATCH)))
         return fedavg.Update(k, len(clients[k]), found, {})
     average = fedavg.WeightedAverage()
-    like = {key: state[key].double() for key in models.moment_keys(model)}
+    like = {key: state[key].double() for key in models.batchnorm_keys(model)
+            if key.endswith(("running_mean", "running_var"))}
     for update in job.collect(kept, moments, like):
         average.add(update.state, update.num_examples)
     return job.share("state", state | models.pooled_batchnorm(state, average.result()))

@@ -1,4 +1,4 @@
-"""What a finished run left, read back: its predictions, and its images."""
+"""What a finished run leaves: its predictions, written and read back; its images, read again."""
 
 from checks import InputError
 
@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.special import softmax
 
 from data import load
 from dataset.images import UNITS, Images
+from dataset.splits import Split
 from reporting.run_folder import check_images, read_run
-from reporting.tables import CSV
+from reporting.tables import CSV, part_names, write_csv
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,20 @@ class Predictions:
     labels: np.ndarray  # int64 [n]
     logits: np.ndarray  # float64 [n, C], the logarithms of the probabilities written
     classes: list[str]
+
+
+def write_predictions(folder: Path, images: Images, split: Split, logits: dict) -> None:
+    """predictions.csv of the best model. logits: part → float32 [n, C] in the order of the part."""
+    names = part_names(split, len(images.paths))
+    rows, done = [], set()
+    for part, values in logits.items():
+        for i, p in zip(split[part], softmax(values.astype(np.float32), axis=1), strict=True):
+            if i not in done:
+                done.add(i)
+                rows.append([images.paths[i], images.classes[images.labels[i]], names[i],
+                             images.classes[p.argmax()], *(f"{x:.9g}" for x in p)])
+    header = ["path", "label", "split", "prediction", *(f"p_{c}" for c in images.classes)]
+    write_csv(folder / "predictions.csv", [header, *rows])
 
 
 def read_predictions(folder: Path, part: str = "test") -> Predictions:

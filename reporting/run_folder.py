@@ -24,9 +24,9 @@ from data import Images
 from dataset import interventions
 from dataset.files import say_passed
 from dataset.splits import Split
-from models import read_file, save, write_whole
+from models import read_file, save
 from reporting.provenance import git_commit, launcher, machine, restarts
-from reporting.tables import read_split, write_split
+from reporting.tables import read_split, write_split, write_text
 
 try:
     import fcntl
@@ -123,33 +123,24 @@ def modern(arguments: dict) -> dict:
     return new
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, the whole of it or nothing."""
-    write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
-
-
 def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def new_folder(out: str | None, default: str) -> Path:
-    """Make the folder that --out names, or the default one with a number if the name is taken."""
+@contextmanager
+def made(out: str | None, default: str) -> Iterator[Path]:
+    """Make the folder that --out names, or the default one with a number if the name is taken. It
+    is gone again if the work in it fails or is stopped."""
     base = Path(out or default)
     for number in itertools.count(1):
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
         try:
             folder.mkdir(parents=True)
-            return folder
+            break
         except FileExistsError:
             if out is not None or not folder.exists():  # not there, and yet in the way
                 raise InputError(f"{folder}: exists already, or leads through a broken link"
                                  ) from None
-
-
-@contextmanager
-def made(out: str | None, default: str) -> Iterator[Path]:
-    """The folder that one call makes and fills; gone again if the work fails or is stopped."""
-    folder = new_folder(out, default)
     try:
         yield folder
     except BaseException:
@@ -263,6 +254,11 @@ def continued(argv: list[str]) -> list[str]:
             and read_json(p / "run.json").get("launcher") == launcher()]
     timeout = ["--timeout", given.timeout] if given.timeout else []
     return ["--resume", str(mine[-1]), *timeout] if mine else argv
+
+
+def unit_of(record: dict) -> str:
+    """What a line of history, a checkpoint or a model is counted in."""
+    return "round" if "round" in record else "epoch"
 
 
 def append_history(folder: Path, record: dict) -> None:

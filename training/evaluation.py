@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 import data
 import models
 from dataset import interventions, splits
-from reporting import run_folder, tables
+from reporting import run_folder
 
 
 @torch.no_grad()
@@ -52,7 +52,6 @@ class Evaluation:
         logits = self.logits(part, state, local_bn).astype(np.float64)
         losses = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
         return [len(labels), int((logits.argmax(1) == labels).sum()), float(losses.sum())]
-
 
 
 # ---- selection, schedule, stopping: functions of the history ------------------------------------
@@ -100,15 +99,11 @@ def plateau_lr(history: list[dict], lr: float, patience: int = 5, factor: float 
 
 # ---- progress and end of a run ------------------------------------------------------------------
 
-def unit_of(record: dict) -> str:
-    return "round" if "round" in record else "epoch"
-
-
 def bundle(args: argparse.Namespace, model: torch.nn.Module, classes: list[str],
            checkpoint: dict) -> dict:
     """The content of model.pt for a checkpoint: loads with weights_only=True, and suffices to use
     the network on new images."""
-    unit, head = unit_of(checkpoint), models.head_name(model)
+    unit, head = run_folder.unit_of(checkpoint), models.head_name(model)
     return {"state": {key: value.cpu() for key, value in checkpoint["state"].items()},
             "model": args.model, "classes": list(classes),
             "head": [f"{head}.weight", f"{head}.bias"], "local_bn": checkpoint["local_bn"],
@@ -134,7 +129,7 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, check
     from reporting import report  # here: what it needs would only delay the first round
     images, split = evaluation.images, evaluation.split
     best = models.read_file(folder / "model.pt")
-    history, unit = checkpoint["history"], unit_of(checkpoint)
+    history, unit = checkpoint["history"], run_folder.unit_of(checkpoint)
     results = {"data": images.name, "synthetic": args.data is None,
                "fingerprint": images.fingerprint(), "model": args.model}
     logits = {}
@@ -143,7 +138,6 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, check
         logits[name] = logits["last"] if name == "best" and best[unit] == checkpoint[unit] else {
             part: evaluation.logits(part, source["state"], source["local_bn"])
             for part in ("val", "test") if len(split[part])}
-    tables.write_predictions(folder, images, split, logits["best"])
     return report.write_run(folder, results, history, images, split, evaluation.shares, logits,
                             clients)
 
