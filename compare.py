@@ -209,7 +209,7 @@ def curves(run: Run) -> dict[str, np.ndarray]:
     folders = sorted(run.folder.glob("fold*/history.jsonl")) or [run.folder / "history.jsonl"]
     several = []
     for path in folders:
-        history = run_folder.read_history(path.parent)
+        history = finished.read_history(path.parent)
         passed = np.cumsum([r["images"] for r in history])
         several.append(np.array([[n, r["val_loss"], r["val_accuracy"]] for n, r in
                                  zip(passed, history, strict=True) if r["val_loss"] is not None]))

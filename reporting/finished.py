@@ -1,9 +1,10 @@
-"""What a finished run leaves: its predictions, written and read back; its images, read again."""
+"""What a finished run leaves: predictions, written and read back; history and images."""
 
 from checks import InputError
 
 import argparse
 import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,10 @@ def read_predictions(folder: Path, part: str = "test") -> Predictions:
     if not rows:
         raise InputError(f"{folder}/predictions.csv: no {part} image in it")
     return Predictions([row[0] for row in rows], labels, np.log(np.maximum(p, 1e-45)), classes)
+
+
+def read_history(folder: Path) -> list[dict]:
+    return [json.loads(x) for x in (folder / "history.jsonl").read_text("utf-8").splitlines()]
 
 
 def read_units(folder: Path, paths: list[str]) -> tuple[str, np.ndarray] | None:

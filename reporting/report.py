@@ -18,7 +18,7 @@ from dataset.splits import Split, count_twins
 from reporting import figures, finished, metrics, pages
 from reporting.baselines import colour_features, colour_only
 from reporting.pages import markdown
-from reporting.run_folder import read_history, read_json, read_run, unit_of, write_json
+from reporting.run_folder import read_json, read_run, unit_of, write_json
 from reporting.terminal import print_table, show
 
 NETWORK = ("data", "synthetic", "fingerprint", "model")  # what all parts of a run have in common
@@ -61,7 +61,7 @@ def unit_sections(images: Images, several: list[Split], test: dict) -> list[str]
     for unit in UNITS:
         if (by := test.get(f"by_{unit}")) is None:
             continue
-        members = images.units(np.arange(len(images.paths)))[unit]
+        members = images.units()[unit]
         counts = [f"{len(np.unique(members[np.concatenate([s[part] for s in several])]))} in {part}"
                   for part in several[0]]
         rows = [["accuracy", show(by["accuracy"])]]
@@ -83,7 +83,8 @@ def measure(images: Images, indices: np.ndarray, logits: np.ndarray,
     """Figures of a whole part, and of each client on its share where there are shares (FedBN).
     logits: float32 [n, C] in the order of `indices`, which are sorted, as each share is."""
     labels, classes = images.labels.numpy()[indices], images.classes
-    m = metrics.measure(logits, labels, classes, images.units(indices))
+    units = {unit: numbers[indices] for unit, numbers in images.units().items()}
+    m = metrics.measure(logits, labels, classes, units)
     if shares:
         rows = [np.searchsorted(indices, share) for share in shares]
         m["clients"] = [metrics.measure(logits[r], labels[r], classes) if len(r) else None
@@ -196,7 +197,8 @@ def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, 
     """Figures and report.md of `pool_folds`. drawn: logits [n, C] and labels [n] of the pooled test
     parts, where they are disjoint."""
     splits, rows = [s for each in several.values() for s in each], pages.member_rows(results)
-    histories = [read_history(folder / name) for name, each in several.items() if len(each) == 1]
+    histories = [finished.read_history(folder / name) for name, each in several.items()
+                 if len(each) == 1]
     if histories:
         figures.plot_curves(histories, folder / "curves.png", unit_of(histories[0][0]))
     run, colour = read_run(folder), "what the report of each part says"

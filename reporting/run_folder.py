@@ -268,7 +268,3 @@ def append_history(folder: Path, record: dict) -> None:
 
 def write_history(folder: Path, history: list[dict]) -> None:
     write_text(folder / "history.jsonl", "".join(json.dumps(r) + "\n" for r in history))
-
-
-def read_history(folder: Path) -> list[dict]:
-    return [json.loads(x) for x in (folder / "history.jsonl").read_text("utf-8").splitlines()]

@@ -58,10 +58,9 @@ class Evaluation:
 
 def validation(tally: list) -> dict:
     """Validation loss and accuracy of a tally, as a record of the history has them; null where
-    there is no validation part, or where the loss is not finite."""
+    there is no validation part."""
     n, hits, loss = tally
-    return {"val_loss": loss / n if n and np.isfinite(loss) else None,
-            "val_accuracy": hits / n if n else None}
+    return {"val_loss": loss / n if n else None, "val_accuracy": hits / n if n else None}
 
 
 def without_nan(record: dict) -> dict:
