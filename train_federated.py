@@ -174,7 +174,8 @@ def main(argv: list[str] | None = None, job: processes.Job | None = None) -> Non
     job.join(args)
     with job.preparing(args) as facts:
         run = experiment.prepare(args, job, facts)
-        folder = run_folder.begin(args, "federated", run.images, run.device, job.rank == 0)
+        folder = None if job.rank > 0 else run_folder.begin(args, "federated", run.images,
+                                                            run.device)
     precision = run.recipe.amp_dtype
     print(f"run folder: {folder}; {args.model} on {run.device}, "
           f"{'float32' if precision is None else f'autocast {precision}'}")

@@ -165,12 +165,9 @@ def write_run(folder: Path, args: argparse.Namespace, script: str, images: Image
         "machine": machine(device), "git": git_commit(), "launcher": launcher()})
 
 
-def begin(args: argparse.Namespace, script: str, images: Images, device: torch.device,
-          writes: bool = True) -> Path | None:
+def begin(args: argparse.Namespace, script: str, images: Images, device: torch.device) -> Path:
     """The run folder: a new one with its run.json, or the one to resume.
     Refuses to resume with other images (InputError). Warns of another machine or version."""
-    if not writes:  # another process of the job does
-        return None
     if args.resume is None:
         name = f"runs/{script}-{args.model}-{images.name}-seed{args.seed}"
         with made(args.out, name) as folder:

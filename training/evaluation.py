@@ -1,8 +1,4 @@
-"""Selection on validation, and the one look at the test part: the same for both trainers.
-
-The best state is the one of the lowest validation loss, the earliest on ties. The test part is
-measured after training only.
-"""
+"""Selection on validation, and the one look at the test part: the same for both trainers."""
 
 import argparse
 from pathlib import Path
