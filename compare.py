@@ -197,8 +197,7 @@ def page(rows: dict[str, dict], tests: list[dict]) -> str:
             "patients or groups are known: bootstrap over these, and no McNemar test, which takes "
             "images as independent. All cover the choice of test images, not that of seeds; p "
             "values are not corrected for their number.")
-    if refused := [f"- {t['a']} against {t['b']}: {t['refused']}" for t in tests
-                   if "refused" in t]:
+    if refused := [f"- {t['a']} against {t['b']}: {t['refused']}" for t in tests if "refused" in t]:
         text += "\n\n## Not tested\n\n" + "\n".join(refused)
     return text
 

@@ -47,8 +47,7 @@ def print_colour(results: dict) -> None:
               f"{show(top['val'])}, test {show(top['test'])}")
 
 
-MEMBERS = ["part", "training images", "best", "n", "accuracy (95 %)", "macro F1", "kappa",
-           "AUC"]
+MEMBERS = ["part", "training images", "best", "n", "accuracy (95 %)", "macro F1", "kappa", "AUC"]
 
 
 def member_rows(results: dict) -> list[list]:

@@ -39,8 +39,7 @@ from reporting import provenance, run_folder
 
 ALLOWED = {"agreement", "counts", "header", "update", "state", "records", "tally", "confusion"}
 SHARED = ("images", "steps", "loss")  # what a site tells of its training; the rest stays there
-UNCOMPARED = {"data", "site_data", "out", "resume", "device", "timeout", "argv",
-              "cache"}  # one's own
+UNCOMPARED = {*run_folder.UNRECORDED, "data", "site_data", "device"}  # one's own
 HEADER = 2**16  # bytes of the JSON beside an update
 
 
