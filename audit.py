@@ -2,6 +2,7 @@
 
     python audit.py data DIR [--out DIR]     # duplicates, shortcut probes, 200 split seeds
     python audit.py run runs/NAME            # the network against the probes, on its own test part
+    python audit.py privacy runs/NAME        # who can tell which images it was trained on
 
 A few minutes for 3,256 images on two cores. Writes report.md, audit.json, figures, and of data
 groups.csv, which --table takes. Pictures in it are for local use only.
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import data
 import models
-from auditing import duplicates, probes
+from auditing import duplicates, privacy, privacy_page, probes
 from dataset import interventions, splits, table
 from dataset.files import CLASSES
 from dataset.images import UNITS
@@ -42,25 +43,6 @@ CAUTION = ("Both intervals assume more independence than 37 images a patient all
 
 
 # ---- data -------------------------------------------------------------------------------------
-
-def find_groups(images: data.Images) -> tuple[np.ndarray, dict, list[duplicates.Pair]]:
-    """(group of each image, counts, near pairs). Groups join identical images, and near
-    duplicates of one class; matches across classes are a lower bound of the false alarms."""
-    labels = images.labels.numpy()
-    exact = duplicates.exact_pairs(images.digests)
-    twins = {tuple(sorted(pair)) for pair in exact}
-    near = [p for p in duplicates.near_duplicates(images.pixels)
-            if images.digests[p.i] != images.digests[p.j]]
-    same = [p for p in near if labels[p.i] == labels[p.j]]
-    groups = duplicates.group(len(labels), [*twins, *((p.i, p.j) for p in same)])
-    sizes = np.bincount(groups)
-    counts = {"images": len(labels), "identical_copies": len(exact),
-              "identical_across_classes": sum(labels[i] != labels[j] for i, j in exact),
-              "near_pairs": len(near), "near_pairs_across_classes": len(near) - len(same),
-              "groups": int((sizes > 0).sum()), "groups_of_several": int((sizes > 1).sum()),
-              "images_in_them": int(sizes[sizes > 1].sum()), "largest_group": int(sizes.max())}
-    return groups, {k: int(v) for k, v in counts.items()}, near
-
 
 def partners(images: data.Images, groups: np.ndarray) -> dict:
     """For each split of data.py: test images with a partner (same group) in training."""
@@ -131,7 +113,7 @@ def audit_data(args: argparse.Namespace) -> None:
 def write_data_audit(args: argparse.Namespace, images: data.Images, folder: Path) -> dict:
     """audit.json, groups.csv, figures and report.md; returns what the first holds."""
     labels = images.labels.numpy()
-    groups, counts, near = find_groups(images)
+    groups, counts, near = duplicates.find_groups(images)
     features = probes.features(images)
     several = probe_splits(images, groups)
     rows = {probe: {name: probes.score(x, labels, parts) for name, parts in several.items()}
@@ -213,8 +195,11 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
     return out
 
 
-def read_groups(listed: table.Table, images: data.Images) -> np.ndarray:
-    """int [n]: the patients or groups of a run's images, from a table."""
+def read_groups(listed: table.Table | None, images: data.Images) -> np.ndarray:
+    """int [n]: the patients or groups of a run's images, from a table; without one their
+    duplicate groups."""
+    if listed is None:
+        return duplicates.find_groups(images)[0]
     files = [Path(path) for path in images.paths]
     rows = dict(zip(table.match(listed, files, [Path()]), listed.rows.values(), strict=True))
     units = [splits.numbered(np.array([rows.get(i, {}).get(unit, "") for i in range(len(files))]))
@@ -235,7 +220,7 @@ def audit_run(args: argparse.Namespace) -> None:
         raise InputError(f"{folder}: every client has its own BatchNorm; one network is audited")
     test = finished.read_predictions(folder)
     trained = inference.load(folder, models.pick_device(args.device))
-    groups = read_groups(table.chosen(args), images) if args.table else find_groups(images)[0]
+    groups = read_groups(table.chosen(args), images)
     split = tables.read_split(folder, images)[0]
     place = {path: i for i, path in enumerate(test.paths)}
     rows = [place[images.paths[i]] for i in split["test"]]
@@ -303,27 +288,60 @@ def run_page(result: dict) -> list[str]:
         "![reliability](reliability.png)"]
 
 
+# ---- who was in training ------------------------------------------------------------------------
+
+def audit_privacy(args: argparse.Namespace) -> None:
+    """What the final model, the other hospitals and the server tell of who was in training."""
+    folder, listed = Path(args.run), table.chosen(args)
+    case = privacy.prepare(folder, args.alone, args.replay > 0, args.data, args.device, args.cache)
+    groups = None if case.run is None else (
+        read_groups(listed, case.run.images) if listed else privacy.picture_groups(case))
+    result = privacy.measure(case, groups)
+    with run_folder.made(None, str(folder / "privacy")) as out:
+        run_folder.write_json(out / "privacy.json", result)
+        with report.decoration(f"{out}/privacy.json"):
+            privacy_page.write(out, result)
+    print(privacy_page.proof(result))
+    report.print_place(out)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    kinds = parser.add_subparsers(required=True, metavar="data|run")
-    add = kinds.add_parser("data", help="audit a data set").add_argument
+    kinds = parser.add_subparsers(required=True, metavar="data|run|privacy")
+    sub = kinds.add_parser("data", help="audit a data set")
+    sub.set_defaults(work=audit_data)
+    add = sub.add_argument
     add("data", metavar="DIR")
     add("--out", metavar="DIR", help="default runs/audit-NAME")
     add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--image-size", type=integer(32), default=224, help="side in pixels (default 224)")
     table.add_arguments(add)
     add("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
-    add = kinds.add_parser("run", help="audit a trained run").add_argument
+    sub = kinds.add_parser("run", help="audit a trained run")
+    sub.set_defaults(work=audit_run)
+    add = sub.add_argument
     add("run", metavar="RUN", help="run folder")
     table.add_arguments(add)
     add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
     add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--out", metavar="DIR", help="default RUN/audit, numbered if taken")
     add("--device", default="auto")
+    sub = kinds.add_parser("privacy", help="who can tell which images a run was trained on")
+    sub.set_defaults(work=audit_privacy)
+    add = sub.add_argument
+    add("run", metavar="RUN", help="run folder")
+    add("--alone", metavar="RUN", help="its hospitals alone: train_central.py --like RUN "
+        "--local-only")
+    add("--replay", type=int, choices=(0, 1), default=1,
+        help="replay two rounds, for what the server sees (default 1; 0 = do not)")
+    table.add_arguments(add)
+    add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
+    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
+    add("--device", default="auto")
     args = parser.parse_args(argv)
-    if args.out and Path(args.out).exists():  # said before minutes of work
+    if getattr(args, "out", None) and Path(args.out).exists():  # said before minutes of work
         raise InputError(f"--out {args.out}: exists already")
-    (audit_run if "run" in args else audit_data)(args)
+    args.work(args)
 
 
 if __name__ == "__main__":

@@ -102,12 +102,12 @@ class WeightedAverage:
                 k: v.shape for k, v in self.sums.items()}:
             raise ValueError("states differ in their entries or shapes")
         for key, value in state.items():
-            self.dtypes[key] = value.dtype
+            self.dtypes[key], total = value.dtype, self.sums.get(key)
             if value.is_floating_point():
-                value, add = value.detach().double() * num_examples, torch.add
+                value = value.detach().to(torch.float64, copy=True).mul_(num_examples)
+                self.sums[key] = value if total is None else total.add_(value)
             else:
-                value, add = value.clone(), torch.maximum
-            self.sums[key] = add(self.sums[key], value) if key in self.sums else value
+                self.sums[key] = value.clone() if total is None else torch.maximum(total, value)
         self.num_examples += num_examples  # of the clients that were added, not of all clients
 
     def result(self) -> State:
@@ -137,9 +137,9 @@ def train_client(model: nn.Module, start: State, images: data.Images, indices: n
     optimizer, scaler = make_optimizer(model, recipe)  # fresh: clients keep nothing
     record = train_local(model, images, indices, recipe, optimizer, scaler,
                          range(recipe.local_epochs), key, progress)
-    squares = [(parameter.detach() - start[name]).double().square().sum()
-               for name, parameter in model.named_parameters()]
-    record["update_norm"] = torch.stack(squares).sum().sqrt().item()
+    norms = [torch.linalg.vector_norm(parameter.detach() - start[name], dtype=torch.float64)
+             for name, parameter in model.named_parameters()]
+    record["update_norm"] = torch.stack(norms).norm().item()
     # n_k is the number of images owned: neither images passed, which grow with epochs, nor batches
     return Update(key[2], len(indices), model.state_dict(), record)
 

@@ -165,7 +165,9 @@ def unpack(flat: list[Tensor], like: State) -> State:
 
 
 def is_finite(state: State) -> bool:
-    return bool(torch.stack([value.isfinite().all() for value in state.values()]).all())
+    """Whether no entry holds a NaN or an infinity: its sum in float64 would be one too."""
+    sums = [value.sum(dtype=torch.float64) for value in state.values()]
+    return bool(torch.stack(sums).isfinite().all())
 
 
 def batchnorm_keys(model: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from skimage.registration import phase_cross_correlation
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.images import STRIP
+from dataset.images import STRIP, Images
 
 SIDE = 64  # of the small pictures that all pairs are compared at
 PEAK = 0.12  # of the phase correlation; unrelated pairs of the ALL set stay below 0.11
@@ -118,6 +118,25 @@ def group(n: int, pairs: list[tuple[int, int]]) -> np.ndarray:
     graph = coo_array((np.ones(len(pairs)), tuple(ends)), shape=(n, n))
     _, component = connected_components(graph, directed=False)
     return np.unique(component, return_index=True)[1][component]
+
+
+def find_groups(images: Images) -> tuple[np.ndarray, dict, list[Pair]]:
+    """(group of each image, counts, near pairs). Groups join identical images, and near
+    duplicates of one class; matches across classes are a lower bound of the false alarms."""
+    labels = images.labels.numpy()
+    exact = exact_pairs(images.digests)
+    twins = {tuple(sorted(pair)) for pair in exact}
+    near = [p for p in near_duplicates(images.pixels)
+            if images.digests[p.i] != images.digests[p.j]]
+    same = [p for p in near if labels[p.i] == labels[p.j]]
+    groups = group(len(labels), [*twins, *((p.i, p.j) for p in same)])
+    sizes = np.bincount(groups)
+    counts = {"images": len(labels), "identical_copies": len(exact),
+              "identical_across_classes": sum(labels[i] != labels[j] for i, j in exact),
+              "near_pairs": len(near), "near_pairs_across_classes": len(near) - len(same),
+              "groups": int((sizes > 0).sum()), "groups_of_several": int((sizes > 1).sum()),
+              "images_in_them": int(sizes[sizes > 1].sum()), "largest_group": int(sizes.max())}
+    return groups, {k: int(v) for k, v in counts.items()}, near
 
 
 def count_partners(groups: np.ndarray, part: np.ndarray, train: np.ndarray) -> int:

@@ -1,7 +1,7 @@
 """How a round grows with images, clients and the size of the network: seconds, memory, shares.
 
     python benchmarks/growth.py                                  # two cores: some ten minutes
-    python benchmarks/growth.py --base 64 --clients 4 16 --resnet-images 0      # a minute
+    python benchmarks/growth.py --model shufflenet_v2_x0_5 --image-size 32 --resnet-images 0
 
 Images: a round of four clients over 1, 4 and 16 times --base images. Clients: the same 4,000 images
 dealt to 4, 64 and 1,000 clients at batch 4, so that all take the same steps. Each is a process of
@@ -37,14 +37,14 @@ def noise(n: int, size: int):
     return data.Images(pixels, torch.arange(n) % 4, names, list("abcd"), names, "noise")
 
 
-def work(n: int, clients: int, batch: int) -> dict:
-    """The second of two rounds of a small network, client by client as train_federated has it."""
+def work(name: str, size: int, n: int, clients: int, batch: int) -> dict:
+    """The second of two rounds of a network, client by client as train_federated has it."""
     import numpy as np
 
     import fedavg
     import models
     from dataset.augment import Augmentation
-    images, model = noise(n, 32), models.build("shufflenet_v2_x0_5", 4)
+    images, model = noise(n, size), models.build(name, 4)
     owned = np.array_split(np.arange(n), clients)
     recipe = fedavg.Recipe(batch_size=batch, local_epochs=1, augmentation=Augmentation())
     state = models.moved(model.state_dict(), "cpu")
@@ -117,18 +117,21 @@ def draw(rows: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     if "--work" in sys.argv:
-        numbers = list(map(int, sys.argv[2:]))
-        print(json.dumps(shares(*numbers) if len(numbers) == 1 else work(*numbers)))
+        name, *numbers = sys.argv[2:]
+        print(json.dumps(work(name, *map(int, numbers)) if numbers else shares(int(name))))
         return
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--base", type=integer(8), default=250, help="images of the smallest set (default 250)")
+    add("--model", default="mobilenet_v2", help="of the rounds (default mobilenet_v2)")
+    add("--image-size", type=integer(8), default=64, help="of the rounds (default 64)")
     add("--clients", nargs="+", type=integer(1), default=[4, 64, 1000])
     add("--resnet-images", type=integer(0), default=64, help="for the ResNet50; 0 leaves it out")
     add("--out", metavar="PNG", default="runs/growth.png")
     args = parser.parse_args()
-    rows = {"images": [run(args.base * k, 4, 32) for k in (1, 4, 16)],
-            "clients": [run(16 * args.base, k, 4) for k in args.clients]}
+    network = args.model, args.image_size
+    rows = {"images": [run(*network, args.base * k, 4, 32) for k in (1, 4, 16)],
+            "clients": [run(*network, 16 * args.base, k, 4) for k in args.clients]}
     for row in (r for found in rows.values() for r in found):
         print(", ".join(f"{key} {value:.3g}" for key, value in row.items()), flush=True)
     draw(rows, Path(args.out))

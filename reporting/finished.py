@@ -77,16 +77,22 @@ def read_units(folder: Path, paths: list[str]) -> tuple[str, np.ndarray] | None:
                  if rows and all(rows.get(path, {}).get(unit) is not None for path in paths)), None)
 
 
-def load_images(folder: Path, place: str | None = None,
-                cache: str | None = None) -> tuple[dict, Images]:
-    """run.json of a run, and the images that it was made with, read again. place: the folder where
-    they are now, if they were moved."""
+def read_arguments(folder: Path, place: str | None = None,
+                   cache: str | None = None) -> argparse.Namespace:
+    """The arguments of a run, to read its images with again. place: the folder where they are now,
+    if they were moved. cache: as --cache."""
     arguments = read_run(folder)["arguments"]
     moved = {"cache": cache} | ({"data": place} if place else {})
     if arguments["table"] and (folder / "split.csv").exists():  # it says all that the table said
         moved |= {"table": str(folder / "split.csv"), "columns": None, "skip_unlisted": True}
+    return argparse.Namespace(**arguments | moved)
+
+
+def load_images(folder: Path, place: str | None = None,
+                cache: str | None = None) -> tuple[dict, Images]:
+    """run.json of a run, and the images that it was made with, read again."""
     try:
-        images = load(argparse.Namespace(**arguments | moved))
+        images = load(read_arguments(folder, place, cache))
     except InputError as error:
         raise InputError(f"{error} (images that were moved: --data DIR)") from None
     return check_images(folder, images), images

@@ -95,11 +95,11 @@ def test_growth_prints_one_json_object_last_and_draws(capsys, monkeypatch, tmp_p
     growth = runpy.run_path(str(FOLDER / "growth.py"))
 
     def called(command, **_):
-        numbers = list(map(int, command[3:]))
-        found = growth["shares" if len(numbers) == 1 else "work"](*numbers)
+        found = growth["work"](command[3], *map(int, command[4:]))
         return subprocess.CompletedProcess(command, 0, json.dumps(found) + "\n")
     monkeypatch.setattr(subprocess, "run", called)
     monkeypatch.setattr("sys.argv", ["growth.py", "--base", "8", "--clients", "4", "16",
+                                     "--model", "toynet", "--image-size", "16",
                                      "--resnet-images", "0", "--out", str(tmp_path / "g.png")])
     growth["main"]()
     out = json.loads(capsys.readouterr().out.splitlines()[-1])

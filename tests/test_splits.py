@@ -274,5 +274,5 @@ def test_impossible_folds_are_refused():
         splits.make_folds("blocked", np.zeros(99, int), 3, 0, paths=[f"{i}.png" for i in range(99)])
     with pytest.raises(InputError, match="stratified80 knows no folds"):
         splits.make_folds("stratified80", y, 2, 0)
-    with pytest.raises(InputError, match="--inner-val 0.001 leaves a fold .*too few images"):
+    with pytest.raises(InputError, match="--inner-val 0.001 leaves a fold .*: no group is so"):
         splits.make_folds("grouped", y, 2, 0, inner_val=0.001, groups=list(map(str, range(44))))

@@ -1,0 +1,532 @@
+"""The privacy audit against known answers: a network that memorises, and one that cannot."""
+
+from checks import InputError
+
+import csv
+import json
+import shutil
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from helpers import PLAIN, average, clone, equal, plain_net, toy_images, write_tree
+from PIL import Image
+from scipy.stats import norm
+from torch import nn
+
+import audit
+import data
+import fedavg
+import models
+import train_central
+import train_federated
+from auditing import membership, privacy, privacy_page
+from dataset import splits
+from reporting import report
+from reporting.finished import read_history
+
+
+@torchvision.models._api.register_model()
+def memonet(weights: None = None, num_classes: int = 1000) -> nn.Module:
+    """Large enough to learn random labels of noise by heart."""
+    return nn.Sequential(OrderedDict(flat=nn.Flatten(), hidden=nn.Linear(192, 256), relu=nn.ReLU(),
+                                     fc=nn.Linear(256, num_classes)))
+
+
+memonet.__module__ = "torchvision.models.memonet"
+MEMORY = ["--model", "memonet", "--weights", "none", "--image-size", "8", "--batch-size", "16",
+          "--lr", "0.001", "--augment", "none", "--plateau", "0", "--early-stop", "0", "--amp",
+          "off"]
+SAID = "Replayed update norms of round 1 equal the recorded ones:"
+
+
+def sides(labels, owner, groups=None, single=None):
+    n = len(labels)
+    return membership.Sides(np.arange(n), np.asarray(labels), np.arange(n) if groups is None else
+                            np.asarray(groups), np.asarray(owner),
+                            np.ones(n, dtype=bool) if single is None else np.asarray(single))
+
+
+def auc(scores, members, labels):
+    """The stratified AUC of one target, all others non-members."""
+    members = np.asarray(members, dtype=bool)
+    return membership.stratified_auc(np.asarray(scores, float)[None], members[None], ~members,
+                                     np.asarray(labels), np.ones((1, len(members)), int))[0]
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+def test_the_hand_case():
+    assert auc([2, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]) == 0.875
+
+
+def test_pooling_classes_would_invent_leakage():
+    """Within each class all scores tie. Members are mostly of class 0, which scores higher; as
+    each class is on both sides, pooling can come close to 1 and not reach it."""
+    labels = np.repeat([0, 1, 0, 1], [999, 1, 1, 999])
+    members = np.repeat([True, False], 1000)
+    assert auc(1.0 - labels, members, np.zeros(2000, int)) == 0.999
+    assert auc(1.0 - labels, members, labels) == 0.5
+
+
+def test_saturated_logits_keep_their_order():
+    logits = np.array([[40, 0, 0, 0], [50, 0, 0, 0]], np.float32)
+    low, high = membership.margin(logits, np.array([0, 0]))
+    assert (low, high) == pytest.approx((40 - np.log(3), 50 - np.log(3)), abs=1e-12) and low < high
+    p = torch.from_numpy(logits).softmax(1)[:, 0]
+    assert p[0] == p[1]  # what float32 probabilities make of them
+    assert membership.margin(np.array([[1., 2.], [3., 0.]]), np.array([1, 1])).tolist() == [1, -3]
+
+
+def test_beta_bounds():
+    found = membership.false_rate(0, 325)
+    assert found["false_low"] == 0 and found["false_high"] == pytest.approx(0.009175, abs=5e-7)
+    found = membership.false_rate(3, 325)
+    assert found["false_low"] == pytest.approx(0.003363, abs=5e-7)
+    assert found["false_high"] == pytest.approx(0.026738, abs=5e-7)
+
+
+def test_few_false_alarms_are_counted_at_zero_and_one_in_a_hundred():
+    """200 non-members 0 … 199 of class 0, and as many of class 1, 1000 higher: less their medians
+    the classes are alike. Members at 97.5, 99.5 and 99.75 above the median of their class;
+    ties do not count as caught."""
+    labels = np.repeat([0, 1], 203)
+    one = np.r_[np.arange(200), 99.5 + 97.5, 99.5 + 99.5, 99.5 + 99.75]
+    score = np.r_[one, one + 1000]
+    member = np.tile(np.r_[np.zeros(200), np.ones(3)], 2).astype(bool)
+    zero, four = membership.rates(score, member, ~member, labels)
+    assert (zero["false_positives"], zero["hits"], zero["members"]) == (0, 2, 6)
+    assert (four["false_positives"], four["hits"], four["n"]) == (4, 4, 400)
+    assert four["value"] == 4 / 6
+    assert (four["low"], four["high"]) == pytest.approx((0.222778, 0.956728), abs=5e-7)
+    rows = privacy_page.rate_rows("A1", [zero, four])
+    assert rows[-1][1:3] == ["0.1%", "not resolvable below 1/400 = 0.0025"]
+    few = membership.rates(score[:203], member[:203], ~member[:203] & (score[:203] > 150),
+                           labels[:203])
+    assert [r["false_positives"] for r in few] == [0]
+    assert privacy_page.rate_rows("A1", few)[-1][1] == "1.0%, 0.1%"
+
+
+def simulate(rng, shift, members=120, outside=60, targets=1, spread=0.0):
+    """An attack on normal scores of two classes; `targets` of them share what an image has."""
+    n = members + outside
+    owner = np.r_[np.arange(members) % targets, np.full(outside, -1)]
+    scores = rng.normal(0, 1, n) + spread * rng.normal(0, 1, (targets, n))
+    case = sides(np.arange(n) // targets % 2, owner)
+    inside = case.members(range(targets))
+    return membership.attack(scores + shift * inside, inside, case.outside, case)
+
+
+def test_the_smallest_auc_is_found_in_four_of_five_cases(monkeypatch):
+    monkeypatch.setattr(membership.metrics, "BOOTSTRAP", 200)
+    rng = np.random.default_rng(0)
+    nothing = [simulate(rng, 0) for _ in range(100)]
+    smallest = np.mean([found["detectable"] for found in nothing])
+    shift = np.sqrt(2) * norm.ppf(smallest)  # AUC = Φ(shift / √2)
+    told = [abs(found["value"] - 0.5) > 1.96 * found["se"]
+            for found in (simulate(rng, shift) for _ in range(300))]
+    assert 0.74 < np.mean(told) < 0.86
+    assert np.mean([abs(f["value"] - 0.5) > 1.96 * f["se"] for f in nothing]) < 0.12
+
+
+def test_all_scores_of_an_image_are_drawn_together(monkeypatch):
+    """Four targets whose non-members have nearly the same scores under each: drawn apart, the
+    standard error would be half of what repeating the whole experiment shows."""
+    monkeypatch.setattr(membership.metrics, "BOOTSTRAP", 200)
+    rng = np.random.default_rng(1)
+    found = [simulate(rng, 0, targets=4, members=400, outside=40, spread=0.05) for _ in range(60)]
+    true = np.std([f["value"] for f in found], ddof=1)
+    assert np.mean([f["se"] for f in found]) == pytest.approx(true, rel=0.2)
+    one = found[0]
+    assert (one["members"], one["non_members"]) == (400, 40)
+
+
+def test_whole_groups_are_drawn():
+    rng = np.random.default_rng(2)
+    score = np.repeat(rng.normal(0, 1, 60), 4)
+    owner = np.repeat([0, -1], 120)
+    alone, grouped = (membership.attack(score[None], (owner == 0)[None], owner < 0, case)
+                      for case in (sides(np.zeros(240, int), owner),
+                                   sides(np.zeros(240, int), owner, np.arange(240) // 4)))
+    assert alone["value"] == grouped["value"]
+    assert grouped["se"] / alone["se"] == pytest.approx(2, rel=0.1)
+
+
+def test_classes_and_sides_are_drawn_apart():
+    """Each keeps its size in every resample, and equal sizes do not mean equal draws."""
+    labels, member = np.repeat([0, 1, 0, 1], 20), np.repeat([True, False], 40)
+    counts = membership.resample(member, ~member, labels, np.arange(80), 0).reshape(-1, 4, 20)
+    assert (counts.sum(2) == 20).all()
+    assert not any((counts[:, i] == counts[:, j]).all() for i in range(4) for j in range(i))
+
+
+def test_permuting_members_within_a_class_changes_only_the_noise_of_the_seed():
+    rng = np.random.default_rng(3)
+    labels, owner = np.arange(300) % 3, np.where(np.arange(300) < 200, 0, -1)
+    score = rng.normal(0, 1, 300) + labels
+    mixed = np.arange(300)
+    for c in range(3):
+        here = np.flatnonzero((labels == c) & (owner == 0))
+        mixed[here] = rng.permutation(here)
+    a, b = (membership.attack(score[order][None], (owner == 0)[None], owner < 0,
+                              sides(labels, owner)) for order in (np.arange(300), mixed))
+    assert a["value"] == b["value"] and a["se"] != b["se"]
+    assert a["se"] == pytest.approx(b["se"], rel=0.15)
+    again = membership.attack(score[None], (owner == 0)[None], owner < 0, sides(labels, owner))
+    assert again == a
+
+
+def test_too_few_images_get_no_interval_and_a_constant_network_no_power():
+    case = sides(np.zeros(35, int), np.r_[np.zeros(26, int), np.full(9, -1)])
+    found = membership.attack(np.arange(35.)[None], case.members([0]), case.outside, case)
+    assert found["value"] == 0 and found["low"] is found["detectable"] is None
+    assert privacy_page.said(found, False) == "too few images"
+    case = sides(np.zeros(60, int), np.repeat([0, -1], 30))
+    found = membership.attack(np.zeros((1, 60)), case.members([0]), case.outside, case)
+    assert found["value"] == 0.5 and found["detectable"] is None
+
+
+def test_an_image_with_a_partner_in_training_is_left_out_on_both_sides():
+    #       train: 0 1 2 3, test: 4 5 6; 7 validates and is on no side
+    groups = np.array([9, 9, 5, 1, 1, 2, 2, 5])
+    split = {"train": np.arange(4), "test": np.array([4, 5, 6]), "val": np.array([7])}
+    found = membership.make_sides(np.zeros(8, int), split, [np.array([0, 2]), np.array([1, 3])],
+                                  groups)
+    assert found.indices.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert found.owner.tolist() == [0, 1, 0, 1, -1, -1, -1]
+    # 0 and 1 are each other's; 2 has one in validation only; 3 has one in test only
+    assert found.single.tolist() == [False, False, True, True, False, True, True]
+    assert found.members([0, 1]).sum(1).tolist() == [1, 1] and found.outside.sum() == 2
+
+
+def test_references_controls_and_sources_of_planted_memories():
+    """Four models that score their own images by 3 higher, nothing else."""
+    rng, n = np.random.default_rng(4), 500
+    owner = np.r_[np.arange(400) % 4, np.full(100, -1)]
+    case = sides(np.arange(n) // 4 % 4, owner)
+    phi = rng.normal(0, 3, n) + rng.normal(0, 0.5, (4, n)) + 3 * case.members(range(4))
+    assert membership.of_others(phi)[1] == pytest.approx(phi[[0, 2, 3]].mean(0))
+    found = membership.described(phi - membership.of_others(phi), case.members(range(4)), case)
+    raw = membership.attack(phi, case.members(range(4)), case.outside, case)
+    assert found["low"] > 0.99 and raw["high"] < 0.85  # without reference, difficulty hides it
+    null = membership.controls(phi, [0, 1, 2, 3], case)
+    assert len(null["each"]) == 12 and null["low"] < 0.5 < null["high"]
+    assert sum(map(privacy_page.holds, null["each"])) >= 10
+    nobody = membership.of_nobody(phi - membership.of_others(phi), case)
+    assert nobody["low"] < 0.5 < nobody["high"] and nobody["members"] + nobody["non_members"] == 100
+    source = membership.sources(phi, [0, 1, 2, 3], case)
+    assert source["value"] > 0.98 and source["permuted"]["value"] == pytest.approx(0.25, abs=0.01)
+    assert np.sum(source["matrix"]) == source["n"] == 400 and source["one_of_k"] == 0.25
+
+
+def test_owners_are_permuted_within_their_class():
+    """Hospital c owns 97 of 100 images of class c and its model favours that class, no image."""
+    labels = np.repeat(np.arange(4), 100)
+    owner = np.where(np.arange(400) % 100 < 97, labels, (labels + 1) % 4)
+    phi = (labels == np.arange(4)[:, None]) * 5.0
+    found = membership.sources(phi, [0, 1, 2, 3], sides(labels, owner))
+    assert found["value"] == 0.97  # all of it is the class
+    assert found["permuted"]["value"] == pytest.approx(0.97, abs=1e-12)
+
+
+# ---- the replay ---------------------------------------------------------------------------------
+
+def test_the_average_of_one_update_is_that_clients_state_bit_for_bit():
+    images, model = toy_images(37), plain_net()
+    update = fedavg.train_client(model, clone(model.state_dict()), images, np.arange(37), PLAIN,
+                                 (0, 1, 0))
+    own = clone(update.state)
+    assert equal(average([(own, 37)]), own)
+
+
+@pytest.mark.parametrize(("here", "there", "expected"), [
+    ([1.0, 2.0], [1.0, 2.0], {"equal": True, "by": 0}),
+    ([1.0, 2.5], [1.0, 2.0], {"equal": False, "by": 0.25}),
+    ([1.0, None], [1.0, 2.0], {"equal": False, "by": None}),
+    ([1.0], [1.0, 2.0], {"equal": False, "by": None})])
+def test_a_replay_proves_itself_by_equal_norms(here, there, expected):
+    rows = [[{"client": k, "update_norm": x} for k, x in enumerate(norms)]
+            for norms in (here, there)]
+    assert privacy.prove(*rows) == expected
+
+
+# ---- whole runs ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """The trainers' figures are not the subject here, and cost seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_run", "draw_pooled"):
+            patch.setattr(report, name, lambda *arguments: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A federated run that memorises noise with random labels, its hospitals alone, a table of the
+    groups (one of two images), and the audit's folder."""
+    base = tmp_path_factory.mktemp("privacy")
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(400):
+        path = base / "set" / "abcd"[rng.integers(4)] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+        paths.append(path.relative_to(base / "set").as_posix())
+    with open(base / "groups.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["path", "group"], *([p, p] for p in paths)])
+    run, alone = base / "run", base / "alone"
+    train_federated.main(["--data", str(base / "set"), *MEMORY, "--rounds", "3", "--local-epochs",
+                          "10", "--out", str(run)])
+    train_central.main(["--like", str(run), "--local-only", "--out", str(alone)])
+    audit.main(["privacy", str(run), "--alone", str(alone), "--table", str(base / "groups.csv")])
+    return base
+
+
+def read(folder):
+    return json.loads((folder / "privacy.json").read_text("utf-8"))
+
+
+def measure(*arguments):
+    """The audit without its figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_membership", "plot_server"):
+            patch.setattr(privacy_page, name, lambda *arguments: None)
+        audit.main(["privacy", *map(str, arguments)])
+
+
+def again(runs, tmp_path, change, *arguments):
+    """The audit of a copy of the run after `change(folder)`: (privacy.json, report.md)."""
+    folder = shutil.copytree(runs / "run", tmp_path / "run",
+                             ignore=shutil.ignore_patterns("privacy*"))
+    change(folder)
+    measure(folder, "--table", runs / "groups.csv", *arguments)
+    return read(folder / "privacy"), (folder / "privacy" / "report.md").read_text("utf-8")
+
+
+def rewrite(**arguments):
+    def change(folder):
+        run = json.loads((folder / "run.json").read_text("utf-8"))
+        run["arguments"] |= arguments
+        (folder / "run.json").write_text(json.dumps(run), "utf-8")
+    return change
+
+
+def test_a_network_that_memorises_is_caught_by_all_attacks(runs):
+    part = read(runs / "run" / "privacy")["parts"][""]
+    rounds = part["rounds"]
+    assert part["A1"]["best"]["members"] == 320 and part["A1"]["best"]["non_members"] == 40
+    assert part["A1"]["last"]["value"] > 0.95 and part["A2"]["value"] > 0.95
+    assert [one["round"] for one in rounds] == [1, 4]
+    assert rounds[1]["A3"]["value"] > 0.95 and rounds[0]["A3"]["value"] > 0.95
+    assert rounds[1]["A4"]["value"] > 0.9 and rounds[0]["A4"]["n"] == 320
+    assert len(part["A1"]["hospitals"]) == len(part["A2"]["targets"]) == 4
+    assert all(target["value"] > 0.9 for target in part["A2"]["targets"])
+
+
+def test_the_figures_are_those_of_the_definition_pair_by_pair(runs):
+    """A1, A2 and the placebo of hospital 2 anew, from the files, in plain loops."""
+    part = read(runs / "run" / "privacy")["parts"][""]
+    case = privacy.prepare(runs / "run", None, replay=False)
+    images, labels = case.run.images, case.run.images.labels.numpy()
+    owned, test = case.run.clients[""][2], case.run.several[""]["test"]
+
+    def phi(path):
+        if path is not None:
+            case.run.model.load_state_dict(models.read_file(path / "model.pt")["state"])
+        with torch.no_grad():
+            batch = data.eval_batch(images, torch.arange(400), torch.device("cpu"))
+            p = case.run.model(batch).double().softmax(1)[torch.arange(400), images.labels]
+        return (p.log() - (1 - p).log()).numpy()
+
+    def share(score):
+        pairs = [(score[i] > score[j]) + 0.5 * (score[i] == score[j])
+                 for i in owned for j in test if labels[i] == labels[j]]
+        return np.mean(pairs)
+    before, best = phi(None), phi(runs / "run")
+    others = np.mean([phi(runs / "alone" / f"client{k}") for k in (0, 1, 3)], 0)
+    assert part["A1"]["hospitals"][2]["value"] == pytest.approx(share(best), abs=1e-3)
+    assert part["A2"]["targets"][2]["value"] == pytest.approx(share(best - others), abs=1e-3)
+    own, rest = phi(runs / "alone" / "client0"), [1, 3]
+    control = own - np.mean([phi(runs / "alone" / f"client{k}") for k in rest], 0)
+    found = next(one for one in part["A2"]["controls"]["each"]
+                 if (one["model"], one["images"]) == (0, 2))
+    assert found["value"] == pytest.approx(share(control), abs=1e-3)
+    untrained = [i for k in range(4) for i in case.run.clients[""][k]]
+    pairs = [before[i] > before[j] for i in untrained for j in test if labels[i] == labels[j]]
+    assert part["A1"]["placebo"]["value"] == pytest.approx(np.mean(pairs), abs=1e-3)
+
+
+def test_placebo_and_controls_hold_one_half(runs):
+    """A leak of the audit itself, such as test images that were trained on, turns this red."""
+    part = read(runs / "run" / "privacy")["parts"][""]
+    nulls = [part["A1"]["placebo"], part["A2"]["placebo"], part["A2"]["controls"],
+             part["rounds"][0]["A3"]["controls"]]
+    nulls += [one["A3"]["nobody"] for one in part["rounds"]]
+    assert all(map(privacy_page.holds, nulls)), nulls
+    each = part["A2"]["controls"]["each"] + part["rounds"][0]["A3"]["controls"]["each"]
+    assert len(each) == 24 and sum(map(privacy_page.holds, each)) >= 20
+    for one in part["rounds"]:
+        assert one["A4"]["permuted"]["low"] <= 0.25 <= one["A4"]["permuted"]["high"]
+
+
+def test_the_replay_equals_the_history_and_the_report_begins_with_it(runs):
+    found, folder = read(runs / "run" / "privacy"), runs / "run" / "privacy"
+    assert found["parts"][""]["replay"] == {"equal": True, "by": 0.0, "differs": {}}
+    page = (folder / "report.md").read_text("utf-8")
+    assert page.startswith(f"{SAID} **yes**, by 0 (")
+    assert "lower bound" in page and "not resolvable below 1/40 = 0.0250" in page
+    assert {p.name for p in folder.iterdir()} == {"report.md", "privacy.json", "membership.png",
+                                                  "server.png"}
+    assert found["not_tried"] == {} and found["names"] == [f"client {k}" for k in range(4)]
+
+
+def test_the_round_after_the_last_is_the_one_that_a_longer_run_trains(runs, tmp_path):
+    for rounds in ("3", "4"):
+        train_federated.main(["--data", str(runs / "set"), *MEMORY, "--plateau", "1", "--lr",
+                              "0.01", "--rounds", rounds, "--local-epochs", "2", "--out",
+                              str(tmp_path / rounds)])
+    history = read_history(tmp_path / "4")
+    assert history[3]["lr"] < history[0]["lr"]  # the schedule is followed, too
+    case = privacy.prepare(tmp_path / "3", None, replay=True)
+    last = models.read_file(tmp_path / "3" / "last.pt")
+    case_sides = membership.make_sides(case.run.images.labels.numpy(), case.run.several[""],
+                                       case.hospitals(""), np.arange(400))
+    found, records = privacy.replay(case, "", last["state"], last["history"], case_sides, str)
+    assert privacy.prove(records, history[3]["clients"]) == {"equal": True, "by": 0.0}
+    assert list(found) == [0, 1, 2, 3] and {len(phi) for phi in found.values()} == {360}
+
+
+def test_the_same_command_writes_the_same_bytes_into_a_numbered_folder(runs):
+    measure(runs / "run", "--alone", runs / "alone", "--table", runs / "groups.csv")
+    for name in ("privacy.json", "report.md"):
+        assert ((runs / "run" / "privacy" / name).read_bytes()
+                == (runs / "run" / "privacy-2" / name).read_bytes())
+
+
+def test_a_changed_seed_is_reported_and_not_used(runs, tmp_path):
+    found, page = again(runs, tmp_path, rewrite(seed=1))
+    part = found["parts"][""]
+    assert not part["replay"]["equal"] and part["replay"]["by"] > 1e-6 and "rounds" not in part
+    assert page.splitlines()[0].startswith(
+        f"{SAID} **no**, by ")
+    assert "A3 and A4 are not reported" in page.splitlines()[0]
+    assert "| A3" not in page and "Whose image (A4)" not in page
+    assert "--local-only" in found["not_tried"]["A2"]  # no --alone was given
+
+
+def test_a_run_without_its_last_state_says_so(runs, tmp_path):
+    found, page = again(runs, tmp_path, lambda folder: (folder / "last.pt").unlink())
+    part = found["parts"][""]
+    assert part["A1"]["last"] is None and [one["round"] for one in part["rounds"]] == [1]
+    assert "the run has no last.pt" in page
+
+
+def test_a_cross_validation_is_taken_fold_by_fold(runs, tmp_path):
+    folds = tmp_path / "folds"
+    train_central.main(["--data", str(runs / "set"), *MEMORY, "--folds", "2", "--epochs", "10",
+                        "--out", str(folds)])
+    audit.main(["privacy", str(folds), "--table", str(runs / "groups.csv")])
+    found = read(folds / "privacy")
+    assert list(found["parts"]) == ["fold1", "fold2"]
+    assert {k: "no hospitals" in v for k, v in found["not_tried"].items()} == {
+        "A2": True, "A3": True, "A4": True}
+    for part in found["parts"].values():
+        assert part["A1"]["best"]["value"] > 0.9 and privacy_page.holds(part["A1"]["placebo"])
+        assert part["A1"]["best"]["non_members"] == 200 and "rounds" not in part
+    assert "fold2: A1, model.pt" in (folds / "privacy" / "report.md").read_text("utf-8")
+    with pytest.raises(InputError, match="part of a larger run, audit"):
+        measure(folds / "fold1")
+
+
+def test_a_federated_cross_validation_is_taken_fold_by_fold_by_all_attacks(runs, tmp_path):
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    train_federated.main(["--data", str(runs / "set"), *MEMORY, "--folds", "2", "--clients", "2",
+                          "--rounds", "1", "--local-epochs", "10", "--out", str(run)])
+    train_central.main(["--like", str(run), "--local-only", "--out", str(alone)])
+    measure(run, "--alone", alone, "--table", runs / "groups.csv")
+    found = read(run / "privacy")
+    assert list(found["parts"]) == ["fold1", "fold2"] and found["not_tried"] == {}
+    for part in found["parts"].values():
+        assert part["replay"]["equal"] and [one["round"] for one in part["rounds"]] == [1, 2]
+        assert part["A2"]["value"] > 0.9 and part["rounds"][0]["A4"]["value"] > 0.9
+        assert privacy_page.holds(part["A2"]["placebo"])
+    page = (run / "privacy" / "report.md").read_text("utf-8")
+    assert page.startswith(f"{SAID} **yes**") and "| fold2: A3, round 2, client 1 |" in page
+
+
+@pytest.mark.parametrize(("changed", "attacks", "words"), [
+    ({"split": "grouped"}, 4, "--split grouped"), ({"split": "blocked"}, 4, "--split blocked"),
+    ({"split": "given"}, 4, "--split given"), ({"split": "stratified80"}, 4, "chosen the model"),
+    ({"bn": "local"}, 4, "--bn local"), ({"site_data": ["A=x", "B=y"]}, 4, "--site-data"),
+    ({"partition": "given"}, 3, "--partition given"),
+    ({"partition": "stain"}, 3, "--partition stain"), ({"clients": 1}, 3, "no other hospital"),
+    ({"fraction": 0.25}, 2, "--fraction"), ({"partition": "shards"}, 0, ""),
+    ({"split": "stratified"}, 0, "")])
+def test_what_allows_no_statement_is_one_line(runs, changed, attacks, words):
+    arguments = json.loads((runs / "run" / "run.json").read_text("utf-8"))["arguments"]
+    why = privacy.refused(arguments | changed)
+    assert list(why) == list(privacy.ATTACKS)[4 - attacks:]
+    assert all(words in reason and "\n" not in reason for reason in why.values())
+
+
+def test_where_nothing_can_be_said_nothing_is_computed(runs, tmp_path):
+    found, page = again(runs, tmp_path, rewrite(split="blocked", data="nowhere"))
+    assert found["parts"] == {} and page.count("is not reported: --split blocked") == 4
+    assert page.startswith(f"{SAID} not replayed")
+    assert {p.name for p in (tmp_path / "run" / "privacy").iterdir()} == {"privacy.json",
+                                                                          "report.md"}
+
+
+def test_every_partition_of_today_is_dealt_at_random_within_a_class():
+    assert set(privacy.EXCHANGEABLE) == set(splits.PARTITIONS) - {"stain"}
+
+
+def test_the_models_trained_alone_must_be_of_the_same_split_and_budget(runs, tmp_path):
+    run, alone = runs / "run", shutil.copytree(runs / "alone", tmp_path / "alone")
+    plain = [run, "--replay", 0, "--alone"]
+    with pytest.raises(InputError, match="not a run of train_central.py --like --local-only"):
+        measure(*plain, run)
+    kept = (alone / "run.json").read_text("utf-8")
+    for changed, words in (({"epochs": 29}, "--epochs"), ({"lr": 0.1}, "--lr"),
+                           ({"bn": "freeze"}, "--bn")):
+        rewrite(**changed)(alone)
+        with pytest.raises(InputError, match=f"trained otherwise than .*: {words}$"):
+            measure(*plain, alone)
+        (alone / "run.json").write_text(kept, "utf-8")
+    (alone / "client2" / "results.json").unlink()
+    with pytest.raises(InputError, match="client2 has no results.json"):
+        measure(*plain, alone)
+    place = alone / "client1" / "split.csv"
+    place.write_text(place.read_text("utf-8").replace(",train,", ",val,", 1), "utf-8")
+    with pytest.raises(InputError, match="another split, or other clients"):
+        measure(*plain, alone)
+    with pytest.raises(InputError, match="hospitals alone"):
+        measure(alone)
+
+
+def test_replay_can_be_left_out_and_moved_images_found(runs, tmp_path):
+    found, page = again(runs, tmp_path, rewrite(data=str(tmp_path / "gone")), "--replay", "0",
+                        "--data", str(runs / "set"))
+    assert "rounds" not in found["parts"][""] and "--replay 0" in page.splitlines()[0]
+    with pytest.raises(InputError, match="--data DIR"):
+        measure(tmp_path / "run", "--replay", 0)
+
+
+def test_duplicates_are_grouped_as_the_audit_of_the_data_groups_them(tmp_path):
+    """Copies on disk, at a size where near-duplicates cannot be told; drawn smears never are."""
+    tree = write_tree(tmp_path / "set", {"a": 20, "b": 20}, size=64)
+    for i in range(3):
+        shutil.copy(tree / "a" / f"a-{i + 1:03d}.png", tree / "a" / f"again-{i}.png")
+    small = [*MEMORY, "--rounds", "1", "--local-epochs", "1", "--clients", "2"]
+    train_federated.main(["--data", str(tree), *small, "--out", str(tmp_path / "run")])
+    case = privacy.prepare(tmp_path / "run", None, replay=False)
+    groups, paths = privacy.picture_groups(case), case.run.images.paths
+    assert len(set(groups)) == 40
+    assert all(groups[paths.index(f"a/again-{i}.png")] == groups[paths.index(f"a/a-00{i + 1}.png")]
+               for i in range(3))
+    train_federated.main([*small, "--out", str(tmp_path / "drawn")])
+    case = privacy.prepare(tmp_path / "drawn", None, replay=False)
+    assert privacy.picture_groups(case).tolist() == list(range(320))
