@@ -234,7 +234,8 @@ def train_batch(images: Images, indices: Tensor, ranges: Augmentation | None,
 
 def eval_batch(images: Images, indices: Tensor, device: torch.device) -> Tensor:
     """A gathered and normalised batch; indices: int64 [n] on the CPU. Nothing in it is random."""
-    return normalise(gather(images, indices.to(images.pixels.device), device))
+    rows = indices.to(images.pixels.device)
+    return normalise(gather(images, rows, device))
 
 
 # ---- as a script ------------------------------------------------------------------------------

@@ -118,7 +118,6 @@ def load_matching(model: nn.Module, state: State, head: str, source: str) -> Non
     that it is the last layer of (VGG's three) may be absent as a whole, and one line says so."""
     own = model.state_dict()
     head_keys = {f"{head}.weight", f"{head}.bias"}
-    state = dict(state)
     if any(k in state and getattr(state[k], "shape", None) != own[k].shape for k in head_keys):
         rows = len(state[f"{head}.weight"]) if f"{head}.weight" in state else "?"
         print(f"{source}: head of {rows} classes dropped, a new one of {len(own[f'{head}.bias'])}")
