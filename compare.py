@@ -197,8 +197,7 @@ def page(rows: dict[str, dict], tests: list[dict]) -> str:
             "patients or groups are known: bootstrap over these, and no McNemar test, which takes "
             "images as independent. All cover the choice of test images, not that of seeds; p "
             "values are not corrected for their number.")
-    if refused := [f"- {t['a']} against {t['b']}: {t['refused']}" for t in tests
-                   if "refused" in t]:
+    if refused := [f"- {t['a']} against {t['b']}: {t['refused']}" for t in tests if "refused" in t]:
         text += "\n\n## Not tested\n\n" + "\n".join(refused)
     return text
 
@@ -209,7 +208,7 @@ def curves(run: Run) -> dict[str, np.ndarray]:
     folders = sorted(run.folder.glob("fold*/history.jsonl")) or [run.folder / "history.jsonl"]
     several = []
     for path in folders:
-        history = run_folder.read_history(path.parent)
+        history = finished.read_history(path.parent)
         passed = np.cumsum([r["images"] for r in history])
         several.append(np.array([[n, r["val_loss"], r["val_accuracy"]] for n, r in
                                  zip(passed, history, strict=True) if r["val_loss"] is not None]))

@@ -4,9 +4,6 @@ As a script it describes a data set without training:
 
     python data.py --data DIR          # counts, splits, clients, duplicates, a contact sheet
     python data.py                     # the same of the embedded synthetic smears, in seconds
-
-Reads any tree with one folder per class. The two public layouts of the ALL set are recognised, and
-their class names mapped to Benign, Early, Pre, Pro.
 """
 
 from checks import InputError, guard, integer, make_parser, warn
@@ -237,7 +234,7 @@ def train_batch(images: Images, indices: Tensor, ranges: Augmentation | None,
 
 def eval_batch(images: Images, indices: Tensor, device: torch.device) -> Tensor:
     """A gathered and normalised batch; indices: int64 [n] on the CPU. Nothing in it is random."""
-    rows = indices if images.pixels.device.type == "cpu" else indices.to(images.pixels.device)
+    rows = indices.to(images.pixels.device)
     return normalise(gather(images, rows, device))
 
 

@@ -119,11 +119,10 @@ def gradient_maps(model: torch.nn.Module, subject: Subject, target: int,
     """The three methods that follow gradients, by name."""
     device = next(model.parameters()).device
     x = data.normalise(subject.pixels[None].to(device).float().div_(255))
-    maps = {"gradient": attribution.saliency(model, x, target),
+    return {"gradient": attribution.saliency(model, x, target),
             "integrated-gradients": attribution.integrated_gradients(model, x, target, args.steps),
             "grad-cam": attribution.grad_cam(model, x, target,
                                              attribution.find_layer(model, args.layer))}
-    return maps
 
 
 def explain(trained: inference.Trained, subject: Subject, args: argparse.Namespace,
@@ -167,10 +166,9 @@ def randomise(trained: inference.Trained, subjects: list[Subject], founds: list[
     fresh = models.build(trained.name, len(trained.classes), seed=1).state_dict()
     model = copy.deepcopy(trained.model)
     classify = partial(inference.probabilities, replace(trained, model=model))
-    out = {method: [] for method in METHODS}
-    for share in STAGES:
+    out = {method: [[] for _ in STAGES] for method in METHODS}
+    for stage, share in enumerate(STAGES):
         model.load_state_dict(faithfulness.randomised(trained.model, fresh, share))
-        rows = {method: [] for method in METHODS}
         for subject, found in zip(subjects, founds, strict=True):
             target = subject.targets()[0]
             maps = gradient_maps(model, subject, target, args)
@@ -179,10 +177,8 @@ def randomise(trained: inference.Trained, subjects: list[Subject], founds: list[
                                                      [target], args.samples, 0)
                 maps["lime"] = weights[target][segments]
             for method, values in maps.items():
-                rows[method].append(faithfulness.rank_correlation(
+                out[method][stage].append(faithfulness.rank_correlation(
                     values, found["maps"][method, target]))
-        for method in METHODS:
-            out[method].append(rows[method])
         bar.update()
     return out
 

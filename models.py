@@ -118,7 +118,6 @@ def load_matching(model: nn.Module, state: State, head: str, source: str) -> Non
     that it is the last layer of (VGG's three) may be absent as a whole, and one line says so."""
     own = model.state_dict()
     head_keys = {f"{head}.weight", f"{head}.bias"}
-    state = dict(state)
     if any(k in state and getattr(state[k], "shape", None) != own[k].shape for k in head_keys):
         rows = len(state[f"{head}.weight"]) if f"{head}.weight" in state else "?"
         print(f"{source}: head of {rows} classes dropped, a new one of {len(own[f'{head}.bias'])}")
@@ -174,12 +173,6 @@ def batchnorm_keys(model: nn.Module) -> list[str]:
     """State entries (affine, running statistics, counters) that belong to BatchNorm layers."""
     return [f"{name}.{key}" for name, module in model.named_modules()
             if isinstance(module, BATCHNORM) for key in module.state_dict()]
-
-
-def moment_keys(model: nn.Module) -> list[str]:
-    """State entries that are running means and variances of BatchNorm layers."""
-    return [k for k in batchnorm_keys(model) if k.rpartition(".")[2] in ("running_mean",
-                                                                         "running_var")]
 
 
 def freeze(model: nn.Module, train_from: str | None = None, batchnorm: bool = False) -> None:
@@ -280,21 +273,19 @@ def check_size(model: nn.Module, size: int, batch_size: int = 2) -> None:
     """Raise InputError where the network cannot take, or not train on, images of size × size.
     Shapes alone are computed, on a copy: no size needs memory."""
     model, image = copy.deepcopy(model).to("meta"), torch.zeros(1, 3, size, size, device="meta")
+    name = type(model).__name__
     try:
         with torch.no_grad():
             model.eval()(image)
+            if batch_size == 1 and needs_batch(model):
+                train_mode(model)
+                model(image)
+    except ValueError:  # of BatchNorm in training: one value a channel has no variance
+        raise InputError(f"--batch-size 1 does not suit BatchNorm in {name} at {size} pixels: "
+                         "larger batches, or larger images") from None
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"--image-size {size} does not suit {type(model).__name__}: "
-                         f"{reason}") from None
-    if batch_size == 1 and needs_batch(model):
-        train_mode(model)
-        try:
-            with torch.no_grad():
-                model(image)
-        except ValueError:  # one value a channel has no variance
-            raise InputError(f"--batch-size 1 does not suit BatchNorm in {type(model).__name__} at "
-                             f"{size} pixels: larger batches, or larger images") from None
+        raise InputError(f"--image-size {size} does not suit {name}: {reason}") from None
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -121,7 +121,8 @@ def recalibrate(job: processes.Job, model: torch.nn.Module, state: models.State,
             for rows in data.batch_slices(mixed, data.EVAL_BATCH)))
         return fedavg.Update(k, len(clients[k]), found, {})
     average = fedavg.WeightedAverage()
-    like = {key: state[key].double() for key in models.moment_keys(model)}
+    like = {key: state[key].double() for key in models.batchnorm_keys(model)
+            if key.endswith(("running_mean", "running_var"))}
     for update in job.collect(kept, moments, like):
         average.add(update.state, update.num_examples)
     return job.share("state", state | models.pooled_batchnorm(state, average.result()))
@@ -173,7 +174,8 @@ def main(argv: list[str] | None = None, job: processes.Job | None = None) -> Non
     job.join(args)
     with job.preparing(args) as facts:
         run = experiment.prepare(args, job, facts)
-        folder = run_folder.begin(args, "federated", run.images, run.device, job.rank == 0)
+        folder = None if job.rank > 0 else run_folder.begin(args, "federated", run.images,
+                                                            run.device)
     precision = run.recipe.amp_dtype
     print(f"run folder: {folder}; {args.model} on {run.device}, "
           f"{'float32' if precision is None else f'autocast {precision}'}")

@@ -281,7 +281,7 @@ def server(case: Case, fold: str, sides: Sides, start: models.State, progress: C
     does not prove itself."""
     folder = case.folder / fold
     found, records = replay(case, fold, start, [], sides, progress)
-    recorded = run_folder.read_history(folder)[0]["clients"]
+    recorded = finished.read_history(folder)[0]["clients"]
     here, there = provenance.machine(case.run.device), case.record["machine"]
     proof = prove(records, recorded) | {"differs": {
         key: [there.get(key), value] for key, value in here.items() if there.get(key) != value}}

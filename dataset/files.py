@@ -60,30 +60,29 @@ def find_images(root: Path, classes: list[str] | None = None, labelled: bool = F
     the labels, so that any tree will do. Raises InputError like `find_class_folders`."""
     try:
         base, folders = descend(root, classes)
-        parts = {p: p for p in folders if p.name.lower() in PARTS} or {None: base}
-        trees = [find_class_folders(folder, classes) for folder in parts.values()]
+        parts = [p for p in folders if p.name.lower() in PARTS]
+        trees = [find_class_folders(folder, classes) for folder in parts or [base]]
     except InputError:
         if not labelled or not root.is_dir():
             raise
-        base, parts, trees = root, {}, []
+        base, parts = root, []
     if labelled:
         files, ignored = find_files(root, set())
-        known = {} if not trees or None in parts else {"split": [next(
-            (PARTS[p.name.lower()] for p in parts if f.is_relative_to(p)), "") for f in files]}
+        known = {"split": [next((PARTS[p.name.lower()] for p in parts if f.is_relative_to(p)), "")
+                           for f in files]} if parts else {}
         return Found(root, files, [""] * len(files), known, ignored, base)
-    if len({PARTS[p.name.lower()] for p in parts if p}) < len(parts) > 1 or any(
+    if len({PARTS[p.name.lower()] for p in parts}) < len(parts) or any(
             set(tree) != set(trees[0]) for tree in trees) and classes is None:
         raise InputError(f"--data {base}: {', '.join(p.name for p in parts)}: parts of a given "
                          "split, but not one of each kind with the same class folders")
-    visited = {os.path.realpath(p) for p in (base, *folders)} | {
-        os.path.realpath(p) for tree in trees for p in tree.values()}
-    known = len({base, *folders, *(p for tree in trees for p in tree.values())})
-    if len(visited) < known:
+    entered = {base, *folders, *(p for tree in trees for p in tree.values())}
+    visited = set(map(os.path.realpath, entered))
+    if len(visited) < len(entered):
         raise InputError(f"--data {base}: one folder under two names, by a link")
-    out = Found(base, [], [], {"split": []} if None not in parts else {}, above=(root,))
-    out.ignored = Counter(p.suffix or p.name for f in {base, *filter(None, parts)}
-                          for p in f.iterdir() if p.is_file())
-    for part, tree in zip(parts, trees, strict=True):
+    out = Found(base, [], [], {"split": []} if parts else {}, above=(root,))
+    out.ignored = Counter(p.suffix or p.name for folder in (base, *parts)
+                          for p in folder.iterdir() if p.is_file())
+    for part, tree in zip(parts or [None], trees, strict=True):
         for name, folder in tree.items():
             files, passed = find_files(folder, visited)
             if not files:
@@ -116,8 +115,9 @@ def descend(root: Path, classes: list[str] | None = None) -> tuple[Path, list[Pa
         elif inner:
             raise InputError(f"--data {root}: the classes may be the folders here or those in "
                              f"{known['original'].name}; pass the folder that holds them alone")
-        elif (len(folders) == 1 and class_name(folders[0].name) not in (classes or ())
-              and any(p.is_dir() for p in folders[0].iterdir())):
+        elif (len(folders) == 1 and any(p.is_dir() for p in folders[0].iterdir())
+              and CLASS_NAMES.get(folders[0].name.lower(), folders[0].name)
+              not in (classes or ())):
             root = folders[0]
         elif folders:
             return root, folders
@@ -139,7 +139,7 @@ def find_class_folders(root: Path, classes: list[str] | None = None) -> dict[str
 def class_names(given: list[str], classes: list[str] | None, where: str) -> dict[str, str]:
     """The class that each of these names means: those of the public layouts have names of their
     own. Raises InputError for one class only, or for one that `classes` does not have."""
-    names = {name: class_name(name) for name in given}
+    names = {name: CLASS_NAMES.get(name.lower(), name) for name in given}
     if not set(names.values()) <= set(classes or CLASSES) or len(set(names.values())) < len(given):
         names = {name: name for name in given}
     unknown = sorted(set(names.values()) - set(classes or names.values()))
@@ -149,11 +149,6 @@ def class_names(given: list[str], classes: list[str] | None, where: str) -> dict
     if len(given) < 2 and classes is None:
         raise InputError(f"{where}: one class only ({', '.join(given)}), nothing to tell apart")
     return names
-
-
-def class_name(name: str) -> str:
-    """The class that a folder of the public layouts means; else the name itself."""
-    return CLASS_NAMES.get(name.lower(), name)
 
 
 def find_files(folder: Path, visited: set[str]) -> tuple[list[Path], Counter]:

@@ -38,11 +38,10 @@ class Images:
         """How many of these images each class has."""
         return np.bincount(self.labels.numpy()[indices], minlength=len(self.classes)).tolist()
 
-    def units(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The patients and groups of these images, where a table knows them: int64 [n] each. An
-        image of an unknown one is one of its own."""
-        return {name: splits.numbered(self.known[name])[indices] for name in UNITS
-                if name in self.known}
+    def units(self) -> dict[str, np.ndarray]:
+        """The patients and groups, where a table knows them: int64 [N] each. An image of an unknown
+        one is one of its own."""
+        return {unit: splits.numbered(self.known[unit]) for unit in UNITS if unit in self.known}
 
     def client_names(self, clients: list[np.ndarray]) -> list[str]:
         """The names that a table gives to these clients, or their numbers."""

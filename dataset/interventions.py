@@ -1,9 +1,4 @@
-"""Two ways to take a shortcut away from the pixels, for training and for audits: uint8 to uint8.
-
-`--remove scale-bar` paints the scale bar over with the local background; `--remove colour` gives
-every image the same mean in all three channels (Buchsbaum 1980), so that stain and white balance
-say less.
-"""
+"""Two ways to take a shortcut away from the pixels, for training and for audits: uint8 to uint8."""
 
 from checks import InputError
 
@@ -68,7 +63,8 @@ def mask_corner(image: Tensor) -> Tensor:
 
 
 def grey_world(image: Tensor) -> Tensor:
-    """The image with each channel scaled so that all have the same mean; clipped at 255."""
+    """The image with each channel scaled so that all have the same mean (Buchsbaum 1980), by which
+    stain and white balance say less; clipped at 255."""
     values = image.float()
     means = values.mean((1, 2), keepdim=True).clamp_min(1e-6)
     return (values * means.mean() / means).round().clamp(0, 255).to(image.dtype)

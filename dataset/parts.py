@@ -96,7 +96,7 @@ def make_folds(args: argparse.Namespace, images: Images) -> list[splits.Split]:
 
 def groups_of(images: Images) -> list[int] | None:
     """What may not be cut: images of one patient, or of one group, stay together."""
-    units = list(images.units(np.arange(len(images.paths))).values())
+    units = list(images.units().values())
     return splits.joined(units).tolist() if units else None
 
 
@@ -124,7 +124,7 @@ def both_sides(images: Images, several: list[splits.Split]) -> list[str]:
     """A sentence for patients, and for groups, with images in training and in the test part of the
     same split. None where there are none, or where they are not known."""
     lines = []
-    for unit, numbers in images.units(np.arange(len(images.paths))).items():
+    for unit, numbers in images.units().items():
         shared = sum(len(np.intersect1d(numbers[s["train"]], numbers[s["test"]])) for s in several)
         if shared:
             lines.append(f"{shared} {unit}(s) have images in the training part and in the test part"

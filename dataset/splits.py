@@ -40,11 +40,9 @@ def make_split(kind: str, labels: np.ndarray, seed: int, *, paths: list[str] | N
         train, test = _stratified(np.arange(n), labels, 0.2, seed)
         val = test
     elif kind == "grouped":
-        test, val, train = _take_groups(groups, [tenth, tenth], seed)
+        test, val, train = _take_groups(np.arange(n), groups, [tenth, tenth], seed)
     elif kind == "blocked":
-        train, val, test = _blocked(labels, paths)
-    else:
-        raise ValueError(f"unknown split {kind!r}; one of {', '.join(SPLITS)}")
+        return _blocked(labels, paths)
     split = {name: np.sort(part).astype(np.int64)
              for name, part in (("train", train), ("val", val), ("test", test))}
     for name, part in split.items():
@@ -56,27 +54,29 @@ def make_split(kind: str, labels: np.ndarray, seed: int, *, paths: list[str] | N
     return split
 
 
-def _stratified(indices: np.ndarray, labels: np.ndarray, size: float, seed: int):
+def _stratified(indices: np.ndarray, labels: np.ndarray | None, size: float, seed: int):
+    """The rest, and a part of this size or share; without labels it is drawn at random."""
     from sklearn.model_selection import train_test_split  # here: most runs need none
     try:
-        return train_test_split(indices, test_size=size, stratify=labels[indices],
-                                random_state=seed)
+        return train_test_split(indices, test_size=size, random_state=seed,
+                                stratify=None if labels is None else labels[indices])
     except ValueError as error:
         raise InputError(f"a class is too small for a stratified split: {error}") from None
 
 
-def _take_groups(groups: list[str], sizes: list[int], seed: int) -> list[list[int]]:
-    """Deal whole groups in random order, each to the first part with room; the rest is the last."""
+def _take_groups(indices: np.ndarray, groups: list, sizes: list[int],
+                 seed: int) -> list[np.ndarray]:
+    """Deal whole groups in random order, each to the first part with room; the rest is the last.
+    groups: one id per image of the whole set."""
     members: dict[str, list[int]] = {}
-    for index, group in enumerate(groups):
-        members.setdefault(group, []).append(index)
-    names = list(members)
+    for index in indices:
+        members.setdefault(groups[index], []).append(index)
+    several = list(members.values())
     parts: list[list[int]] = [[] for _ in (*sizes, None)]
-    for i in np.random.default_rng(seed).permutation(len(names)):
-        group = members[names[i]]
-        room = (p for p, size in zip(parts, sizes) if len(p) + len(group) <= size)
-        next(room, parts[-1]).extend(group)
-    return parts
+    for i in np.random.default_rng(seed).permutation(len(several)):
+        room = (p for p, size in zip(parts, sizes) if len(p) + len(several[i]) <= size)
+        next(room, parts[-1]).extend(several[i])
+    return [np.sort(np.array(part, dtype=np.int64)) for part in parts]
 
 
 def file_number(path: str) -> tuple:
@@ -84,21 +84,29 @@ def file_number(path: str) -> tuple:
     return [int(d) for d in re.findall(r"\d+", path.rsplit("/", 1)[-1].rsplit(".", 1)[0])], path
 
 
-def _blocked(labels: np.ndarray, paths: list[str]) -> list[list[int]]:
-    """Per class by file number: training, 30 dropped, 10 % validation, 30 dropped, 10 % test."""
-    train, val, test = [], [], []
+def _blocked(labels: np.ndarray, paths: list[str], folds: int | None = None, k: int = 0,
+             inner_val: float = 0.1) -> Split:
+    """Of each class, in the order of file numbers, the last 10 % are the test part, or the k-th of
+    `folds` stretches. The files after it, and then those from the beginning, are for training; the
+    last of them validate: 10 % of the class, or the share `inner_val` of what a fold leaves. At
+    each boundary 30 files are dropped."""
+    parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for c in np.unique(labels):
         order = sorted(np.flatnonzero(labels == c), key=lambda i: file_number(paths[i]))
-        tenth = len(order) // 10
-        end_val = len(order) - tenth - EMBARGO
-        end_train = end_val - tenth - EMBARGO
-        if tenth == 0 or end_train <= 0:
-            raise InputError(f"class number {c} has {len(order)} images, too few for a blocked "
-                             f"split with {EMBARGO} files dropped at each of two boundaries")
-        train += order[:end_train]
-        val += order[end_train + EMBARGO:end_val]
-        test += order[end_val + EMBARGO:]
-    return [train, val, test]
+        n, tenth = len(order), len(order) // 10
+        start, end = (n - tenth, n) if folds is None else (
+            round(j * n / folds) for j in (k, k + 1))
+        rest = order[end + EMBARGO:] + order[:max(start - EMBARGO, 0)]
+        val = tenth if folds is None else round(inner_val * len(rest))
+        train = len(rest) - (val + EMBARGO if val else 0)
+        if train <= 0:
+            raise InputError(f"class number {c} has {n} images, too few for "
+                             f"{'a blocked split' if folds is None else f'{folds} blocked folds'} "
+                             f"with {EMBARGO} files dropped at each boundary")
+        parts["train"] += rest[:train]
+        parts["val"] += rest[len(rest) - val:]
+        parts["test"] += order[start:end]
+    return {name: np.sort(np.array(part, dtype=np.int64)) for name, part in parts.items()}
 
 
 def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_val: float = 0.1,
@@ -120,47 +128,25 @@ def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_va
             raise InputError(f"{folds} folds are more than the {available} "
                              f"{'groups' if kind == 'grouped' else 'images'} of class number {c}")
     if kind == "blocked":
-        return [_blocked_fold(labels, paths, folds, k, inner_val) for k in range(folds)]
+        return [_blocked(labels, paths, folds, k, inner_val) for k in range(folds)]
     from sklearn import model_selection
     family = {"random": model_selection.KFold, "stratified": model_selection.StratifiedKFold,
               "grouped": model_selection.StratifiedGroupKFold}[kind]
     splitter = family(folds, shuffle=True, random_state=seed)
     out = []
     for rest, test in splitter.split(labels, labels, units if kind == "grouped" else None):
-        train, val = rest, rest[:0]
-        if inner_val and kind == "grouped":
-            val, train = (rest[np.array(part, dtype=int)] for part in _take_groups(
-                units[rest].tolist(), [round(inner_val * len(rest))], seed))
-        elif inner_val and kind == "stratified":
-            train, val = _stratified(rest, labels, inner_val, seed)
-        elif inner_val:
-            train, val = model_selection.train_test_split(rest, test_size=inner_val,
-                                                          random_state=seed)
+        if inner_val == 0:
+            train, val = rest, rest[:0]
+        elif kind == "grouped":
+            val, train = _take_groups(rest, units, [round(inner_val * len(rest))], seed)
+        else:
+            train, val = _stratified(rest, labels if kind == "stratified" else None, inner_val,
+                                     seed)
         out.append({"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)})
     if inner_val and not all(len(fold["val"]) for fold in out):
         raise InputError(f"--inner-val {inner_val:g} leaves a fold without a validation image: "
                          f"{'no group is so small' if kind == 'grouped' else 'too few images'}")
     return out
-
-
-def _blocked_fold(labels: np.ndarray, paths: list[str], folds: int, k: int,
-                  inner_val: float) -> Split:
-    """The k-th stretch of each class is the test part. The files after it, and then those from the
-    beginning, are the training part; the last of them validate."""
-    parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    for c in np.unique(labels):
-        order = sorted(np.flatnonzero(labels == c), key=lambda i: file_number(paths[i]))
-        start, end = (round(j * len(order) / folds) for j in (k, k + 1))
-        rest = order[end + EMBARGO:] + order[:max(start - EMBARGO, 0)]
-        val = round(inner_val * len(rest))
-        train = len(rest) - (val + EMBARGO if val else 0)
-        if train <= 0:
-            raise InputError(f"class number {c} has {len(order)} images, too few for {folds} "
-                             f"blocked folds with {EMBARGO} files dropped at each boundary")
-        parts["train"] += rest[:train]
-        parts["val"] += rest[len(rest) - val:]
-        parts["test"] += order[start:end]
-    return {name: np.sort(np.array(part, dtype=np.int64)) for name, part in parts.items()}
 
 
 def given(words: np.ndarray, labels: np.ndarray, seed: int, groups: list | None = None) -> Split:
@@ -181,8 +167,7 @@ def given(words: np.ndarray, labels: np.ndarray, seed: int, groups: list | None 
         if groups is None:
             split["train"], split["val"] = map(np.sort, _stratified(rest, labels, tenth or 1, seed))
         else:
-            val, train = _take_groups([groups[i] for i in rest], [tenth], seed)
-            split["train"], split["val"] = rest[np.sort(train)], rest[np.sort(val).astype(int)]
+            split["val"], split["train"] = _take_groups(rest, groups, [tenth], seed)
         warn(f"note: the given split has no val part: {len(split['val'])} images of its training "
              f"part validate, {'stratified' if groups is None else 'whole groups'}")
     return split

@@ -150,9 +150,8 @@ def apply(table: Table, found: Found, skip_unlisted: bool, classes: list[str] | 
     numbers = match(table, found.files, [found.base, *found.above])
     rows = dict(zip(numbers, table.rows.values(), strict=True))
     base = found.base
-    inner = found.inner
-    if inner is not None and all(found.files[i].is_relative_to(inner) for i in rows):
-        base = inner  # the folder that holds the class folders, as without a table
+    if found.inner and all(found.files[i].is_relative_to(found.inner) for i in rows):
+        base = found.inner  # the folder that holds the class folders, as without a table
     inside = [i for i, file in enumerate(found.files) if file.is_relative_to(base)]
     unlisted = [found.files[i].relative_to(base).as_posix() for i in inside if i not in rows]
     if unlisted and not skip_unlisted:

@@ -31,8 +31,7 @@ MOST = 10_000  # training images that a classifier is fitted on: the SVM's time 
 
 def make_classifier(kind: str) -> Pipeline:
     """`1-nn`, or `rbf-svm` with C = 10 and gamma "scale"; features standardised where fitted."""
-    return make_pipeline(StandardScaler(),
-                         KNeighborsClassifier(1) if kind == "1-nn" else SVC(C=10))
+    return make_pipeline(StandardScaler(), KNeighborsClassifier(1) if kind == "1-nn" else SVC(C=10))
 
 
 def colour_only(images: Images, split: Split) -> list[dict]:

@@ -1,18 +1,21 @@
-"""What a finished run left, read back: its predictions, and its images."""
+"""What a finished run leaves: predictions, written and read back; history and images."""
 
 from checks import InputError
 
 import argparse
 import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.special import softmax
 
 from data import load
 from dataset.images import UNITS, Images
+from dataset.splits import Split
 from reporting.run_folder import check_images, read_run
-from reporting.tables import CSV
+from reporting.tables import CSV, part_names, write_csv
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,20 @@ class Predictions:
     labels: np.ndarray  # int64 [n]
     logits: np.ndarray  # float64 [n, C], the logarithms of the probabilities written
     classes: list[str]
+
+
+def write_predictions(folder: Path, images: Images, split: Split, logits: dict) -> None:
+    """predictions.csv of the best model. logits: part → float32 [n, C] in the order of the part."""
+    names = part_names(split, len(images.paths))
+    rows, done = [], set()
+    for part, values in logits.items():
+        for i, p in zip(split[part], softmax(values.astype(np.float32), axis=1), strict=True):
+            if i not in done:
+                done.add(i)
+                rows.append([images.paths[i], images.classes[images.labels[i]], names[i],
+                             images.classes[p.argmax()], *(f"{x:.9g}" for x in p)])
+    header = ["path", "label", "split", "prediction", *(f"p_{c}" for c in images.classes)]
+    write_csv(folder / "predictions.csv", [header, *rows])
 
 
 def read_predictions(folder: Path, part: str = "test") -> Predictions:
@@ -42,6 +59,10 @@ def read_predictions(folder: Path, part: str = "test") -> Predictions:
     if not rows:
         raise InputError(f"{folder}/predictions.csv: no {part} image in it")
     return Predictions([row[0] for row in rows], labels, np.log(np.maximum(p, 1e-45)), classes)
+
+
+def read_history(folder: Path) -> list[dict]:
+    return [json.loads(x) for x in (folder / "history.jsonl").read_text("utf-8").splitlines()]
 
 
 def read_units(folder: Path, paths: list[str]) -> tuple[str, np.ndarray] | None:

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dataset.files import CLASSES
-from reporting.run_folder import write_text
+from reporting.run_folder import unit_of
+from reporting.tables import write_text
 from reporting.terminal import show
 
 
@@ -15,9 +16,9 @@ def markdown(header: list[str], rows: list[list]) -> str:
                                        for x in line) + " |" for line in lines)
 
 
-def summary_rows(results: dict, unit: str = "round") -> list[list]:
+def summary_rows(results: dict) -> list[list]:
     """Rows model × part: n, loss, accuracy with interval, macro F1, κ, AUC."""
-    rows = []
+    rows, unit = [], unit_of(results["best"])
     for which in ("best", "last"):
         for part in ("val", "test"):
             m = results[which][part]
@@ -46,8 +47,7 @@ def print_colour(results: dict) -> None:
               f"{show(top['val'])}, test {show(top['test'])}")
 
 
-MEMBERS = ["part", "training images", "best", "n", "accuracy (95 %)", "macro F1", "kappa",
-           "AUC"]
+MEMBERS = ["part", "training images", "best", "n", "accuracy (95 %)", "macro F1", "kappa", "AUC"]
 
 
 def member_rows(results: dict) -> list[list]:

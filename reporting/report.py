@@ -15,12 +15,10 @@ import numpy as np
 from dataset.images import UNITS, Images
 from dataset.parts import both_sides
 from dataset.splits import Split, count_twins
-from reporting import figures, metrics, pages
+from reporting import figures, finished, metrics, pages
 from reporting.baselines import colour_features, colour_only
-from reporting.finished import read_predictions
 from reporting.pages import markdown
-from reporting.run_folder import read_history, read_json, read_run, write_json
-from reporting.tables import write_predictions
+from reporting.run_folder import read_json, read_run, unit_of, write_json
 from reporting.terminal import print_table, show
 
 NETWORK = ("data", "synthetic", "fingerprint", "model")  # what all parts of a run have in common
@@ -39,8 +37,7 @@ def decoration(file: str = "results.json") -> Iterator[None]:
 
 def print_summary(folder: Path, results: dict) -> None:
     """The table at the end of a run."""
-    unit = "round" if "round" in results["best"] else "epoch"
-    print_table(pages.SUMMARY, pages.summary_rows(results, unit))
+    print_table(pages.SUMMARY, pages.summary_rows(results))
     pages.print_colour(results)
     print_place(folder)
 
@@ -64,7 +61,7 @@ def unit_sections(images: Images, several: list[Split], test: dict) -> list[str]
     for unit in UNITS:
         if (by := test.get(f"by_{unit}")) is None:
             continue
-        members = images.units(np.arange(len(images.paths)))[unit]
+        members = images.units()[unit]
         counts = [f"{len(np.unique(members[np.concatenate([s[part] for s in several])]))} in {part}"
                   for part in several[0]]
         rows = [["accuracy", show(by["accuracy"])]]
@@ -86,7 +83,8 @@ def measure(images: Images, indices: np.ndarray, logits: np.ndarray,
     """Figures of a whole part, and of each client on its share where there are shares (FedBN).
     logits: float32 [n, C] in the order of `indices`, which are sorted, as each share is."""
     labels, classes = images.labels.numpy()[indices], images.classes
-    m = metrics.measure(logits, labels, classes, images.units(indices))
+    units = {unit: numbers[indices] for unit, numbers in images.units().items()}
+    m = metrics.measure(logits, labels, classes, units)
     if shares:
         rows = [np.searchsorted(indices, share) for share in shares]
         m["clients"] = [metrics.measure(logits[r], labels[r], classes) if len(r) else None
@@ -96,9 +94,10 @@ def measure(images: Images, indices: np.ndarray, logits: np.ndarray,
 
 def write_run(folder: Path, results: dict, history: list[dict], images: Images, split: Split,
               shares: dict[str, list[np.ndarray]], logits: dict, clients: list | None) -> dict:
-    """results.json, figures and report.md of one trained network; returns what the first holds.
+    """Predictions, results, figures and report.md of one network; returns what results.json holds.
     logits: "last" and "best" → part → float32 [n, C]. shares: part → one for each client, or {}.
     Adds to `results` every figure of both, what training cost, and what colour alone reaches."""
+    finished.write_predictions(folder, images, split, logits["best"])
     results = results | budget(history)
     for which, parts in logits.items():
         results[which] |= {"val": None, **{part: measure(images, split[part], x, shares.get(part))
@@ -114,7 +113,7 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
              logits: np.ndarray, clients: list[np.ndarray] | None) -> None:
     """The figures and report.md of `write_run`."""
     best, labels = results["best"], images.labels.numpy()
-    test, unit = best["test"], "round" if "round" in best else "epoch"
+    test, unit = best["test"], unit_of(best)
     figures.plot_curves([history], folder / "history.png", unit, best[unit])
     figures.plot_confusion(test["confusion"], images.classes, "best model, test",
                            folder / "confusion.png")
@@ -134,7 +133,7 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
                            pages.client_rows(test["clients"], images.titles(clients)))]
     pages.write_page(folder, [
         pages.head(folder, run, results), *unit_sections(images, [split], test),
-        f"{chosen}\n\n{markdown(pages.SUMMARY, pages.summary_rows(results, unit))}",
+        f"{chosen}\n\n{markdown(pages.SUMMARY, pages.summary_rows(results))}",
         pages.class_table(test, "best model, test"),
         *shares, pages.colour_table(results),
         pages.tail(folder, run, twins, test["n"],
@@ -162,14 +161,14 @@ def pool_folds(folder: Path, images: Images, several: dict[str, list[Split]],
     drawn = None
     indices = np.concatenate([s["test"] for each in several.values() for s in each])
     if len(set(indices.tolist())) == len(indices):
-        parts = [read_predictions(folder / name) for name in several]
+        parts = [finished.read_predictions(folder / name) for name in several]
         rows = {path: x for part in parts for path, x in zip(part.paths, part.logits, strict=True)}
         indices = np.sort(indices)
         logits = np.stack([rows[images.paths[i]] for i in indices])
         results["best"] = {"test": measure(images, indices, logits, None)}
         results["colour_only"] = pooled_colour(list(members.values()))
         tests = {name: split["test"] for name, (split,) in several.items()}
-        write_predictions(folder, images, tests, {
+        finished.write_predictions(folder, images, tests, {
             name: logits[np.searchsorted(indices, test)] for name, test in tests.items()})
         drawn = logits, images.labels.numpy()[indices]
     write_json(folder / "results.json", results)
@@ -198,10 +197,10 @@ def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, 
     """Figures and report.md of `pool_folds`. drawn: logits [n, C] and labels [n] of the pooled test
     parts, where they are disjoint."""
     splits, rows = [s for each in several.values() for s in each], pages.member_rows(results)
-    histories = [read_history(folder / name) for name, each in several.items() if len(each) == 1]
+    histories = [finished.read_history(folder / name) for name, each in several.items()
+                 if len(each) == 1]
     if histories:
-        figures.plot_curves(histories, folder / "curves.png",
-                            "round" if "round" in histories[0][0] else "epoch")
+        figures.plot_curves(histories, folder / "curves.png", unit_of(histories[0][0]))
     run, colour = read_run(folder), "what the report of each part says"
     test = results["best"]["test"] if drawn else {}
     sections = [pages.head(folder, run, results), *unit_sections(images, splits, test),

@@ -24,9 +24,9 @@ from data import Images
 from dataset import interventions
 from dataset.files import say_passed
 from dataset.splits import Split
-from models import read_file, save, write_whole
+from models import read_file, save
 from reporting.provenance import git_commit, launcher, machine, restarts
-from reporting.tables import read_split, write_split
+from reporting.tables import read_split, write_split, write_text
 
 try:
     import fcntl
@@ -123,33 +123,24 @@ def modern(arguments: dict) -> dict:
     return new
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, the whole of it or nothing."""
-    write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
-
-
 def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def new_folder(out: str | None, default: str) -> Path:
-    """Make the folder that --out names, or the default one with a number if the name is taken."""
+@contextmanager
+def made(out: str | None, default: str) -> Iterator[Path]:
+    """Make the folder that --out names, or the default one with a number if the name is taken. It
+    is gone again if the work in it fails or is stopped."""
     base = Path(out or default)
     for number in itertools.count(1):
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
         try:
             folder.mkdir(parents=True)
-            return folder
+            break
         except FileExistsError:
             if out is not None or not folder.exists():  # not there, and yet in the way
                 raise InputError(f"{folder}: exists already, or leads through a broken link"
                                  ) from None
-
-
-@contextmanager
-def made(out: str | None, default: str) -> Iterator[Path]:
-    """The folder that one call makes and fills; gone again if the work fails or is stopped."""
-    folder = new_folder(out, default)
     try:
         yield folder
     except BaseException:
@@ -174,12 +165,9 @@ def write_run(folder: Path, args: argparse.Namespace, script: str, images: Image
         "machine": machine(device), "git": git_commit(), "launcher": launcher()})
 
 
-def begin(args: argparse.Namespace, script: str, images: Images, device: torch.device,
-          writes: bool = True) -> Path | None:
+def begin(args: argparse.Namespace, script: str, images: Images, device: torch.device) -> Path:
     """The run folder: a new one with its run.json, or the one to resume.
     Refuses to resume with other images (InputError). Warns of another machine or version."""
-    if not writes:  # another process of the job does
-        return None
     if args.resume is None:
         name = f"runs/{script}-{args.model}-{images.name}-seed{args.seed}"
         with made(args.out, name) as folder:
@@ -265,6 +253,11 @@ def continued(argv: list[str]) -> list[str]:
     return ["--resume", str(mine[-1]), *timeout] if mine else argv
 
 
+def unit_of(record: dict) -> str:
+    """What a line of history, a checkpoint or a model is counted in."""
+    return "round" if "round" in record else "epoch"
+
+
 def append_history(folder: Path, record: dict) -> None:
     with open(folder / "history.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
@@ -272,7 +265,3 @@ def append_history(folder: Path, record: dict) -> None:
 
 def write_history(folder: Path, history: list[dict]) -> None:
     write_text(folder / "history.jsonl", "".join(json.dumps(r) + "\n" for r in history))
-
-
-def read_history(folder: Path) -> list[dict]:
-    return [json.loads(x) for x in (folder / "history.jsonl").read_text("utf-8").splitlines()]

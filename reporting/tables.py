@@ -1,4 +1,4 @@
-"""The tables of a run folder: split.csv, written and read back, and predictions.csv, written."""
+"""The tables of a run folder: any CSV, and split.csv, written and read back."""
 
 from checks import InputError
 
@@ -7,7 +7,6 @@ import io
 from pathlib import Path
 
 import numpy as np
-from scipy.special import softmax
 
 from dataset.images import UNITS, Images
 from dataset.splits import Split, by_name
@@ -16,12 +15,16 @@ from models import write_whole
 CSV = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # any name on any disk
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, the whole of it or nothing."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+
+
 def write_csv(path: Path, rows: list[list]) -> None:
-    """Write a header and rows as CSV, the whole of it or nothing."""
+    """Write a header and rows as CSV."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(rows)
-    text = buffer.getvalue().encode("utf-8", "surrogateescape")
-    write_whole(path, lambda file: file.write(text))
+    write_text(path, buffer.getvalue())
 
 
 def part_names(split: Split, n: int) -> list[str]:
@@ -63,17 +66,3 @@ def read_split(folder: Path, images: Images) -> tuple[Split, list[np.ndarray], l
     names = sorted(set(owners[split["train"]].tolist()) - {""}, key=by_name)
     return split, [np.intersect1d(split["train"], np.flatnonzero(owners == name))
                    for name in names], names
-
-
-def write_predictions(folder: Path, images: Images, split: Split, logits: dict) -> None:
-    """predictions.csv of the best model. logits: part → float32 [n, C] in the order of the part."""
-    names = part_names(split, len(images.paths))
-    rows, done = [], set()
-    for part, values in logits.items():
-        for i, p in zip(split[part], softmax(values.astype(np.float32), axis=1), strict=True):
-            if i not in done:
-                done.add(i)
-                rows.append([images.paths[i], images.classes[images.labels[i]], names[i],
-                             images.classes[p.argmax()], *(f"{x:.9g}" for x in p)])
-    header = ["path", "label", "split", "prediction", *(f"p_{c}" for c in images.classes)]
-    write_csv(folder / "predictions.csv", [header, *rows])

@@ -1,5 +1,7 @@
 """What a run prints while it trains; light, so that training begins without the report's needs."""
 
+from reporting.run_folder import unit_of
+
 
 def show(figure: dict | float | None, digits: int = 4) -> str:
     """A number; {"value", "low", "high"} as `0.9938 (0.9778–0.9983)`, {"mean", "sd", "n"} as
@@ -22,8 +24,9 @@ def print_table(header: list[str], rows: list[list]) -> None:
         print("  ".join(str(x).ljust(w) for x, w in zip(row, widths, strict=True)).rstrip())
 
 
-def print_epoch(record: dict, total: int, unit: str = "epoch") -> None:
+def print_epoch(record: dict, total: int) -> None:
     """The line of an epoch, or of a round; null figures are dashes."""
+    unit = unit_of(record)
     print(f"{unit} {record[unit]}/{total}: train loss {show(record['train_loss'])}, val loss "
           f"{show(record['val_loss'])}, val accuracy {show(record['val_accuracy'])}, lr "
           f"{record['lr']:g}, {record['images_per_second']:.1f} images/s", flush=True)
@@ -37,4 +40,4 @@ def print_round(record: dict, rounds: int, names: list[str]) -> None:
         print(f"  {name}: {c['num_examples']} images, "
               f"{c['steps']} steps, loss {show(c['loss'])}, accuracy {show(c['accuracy'], 3)}, "
               f"update norm {norm}, skipped {show(c['skipped_steps'], 0)}")
-    print_epoch(record, rounds, "round")
+    print_epoch(record, rounds)

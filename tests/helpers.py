@@ -230,7 +230,7 @@ KILLER = """
 import os, signal, sys
 import torch
 import fedavg, models, train_central, train_federated
-from reporting import report, run_folder, tables
+from reporting import finished, run_folder
 from training import evaluation
 point, count, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 calls = 0
@@ -251,8 +251,7 @@ def half_saved(content, file):
     save(content, file)
 torch.save = half_saved
 for module, function in ((fedavg, 'train_step'), (run_folder, 'append_history'), (os, 'replace'),
-                         (evaluation, 'finish'), (tables, 'write_predictions'),
-                         (report, 'write_predictions')):
+                         (evaluation, 'finish'), (finished, 'write_predictions')):
     def wrapped(*a, original=getattr(module, function), name=function, **k):
         maybe(name)
         return original(*a, **k)

@@ -131,8 +131,9 @@ def test_a_broken_link_in_the_way_is_one_line_and_no_endless_count(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / link).parent.mkdir(exist_ok=True)
     (tmp_path / link).symlink_to(tmp_path / "unmounted")
-    with pytest.raises(InputError, match="broken link"):
-        run_folder.new_folder(None, "runs/name")
+    with (pytest.raises(InputError, match="broken link"),
+          run_folder.made(None, "runs/name")):
+        pass
 
 
 def test_a_report_that_fails_is_one_line_and_the_result_is_on_disk(tree, tmp_path, monkeypatch,

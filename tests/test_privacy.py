@@ -25,7 +25,7 @@ import train_federated
 from auditing import membership, privacy, privacy_page
 from dataset import splits
 from reporting import report
-from reporting.run_folder import read_history
+from reporting.finished import read_history
 
 
 @torchvision.models._api.register_model()

@@ -65,7 +65,7 @@ def test_labels_need_no_folders_and_order_changes_nothing(flat, tmp_path):
     assert one.paths == paths[::2] + paths[1::2] == two.paths
     assert one.known["patient"].tolist() == ["P0", "P1", "P2", "P3"] * 2
     assert one.fingerprint() == two.fingerprint() and one.pixels.equal(two.pixels)
-    assert one.units(np.arange(8))["patient"].tolist() == [0, 1, 2, 3] * 2
+    assert one.units()["patient"].tolist() == [0, 1, 2, 3] * 2
 
 
 def test_headings_are_named_and_never_guessed(flat, tmp_path, capsys):

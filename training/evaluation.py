@@ -1,8 +1,4 @@
-"""Selection on validation, and the one look at the test part: the same for both trainers.
-
-The best state is the one of the lowest validation loss, the earliest on ties. The test part is
-measured after training only.
-"""
+"""Selection on validation, and the one look at the test part: the same for both trainers."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +10,7 @@ from scipy.special import log_softmax
 import data
 import models
 from dataset import interventions, splits
-from reporting import run_folder, tables
+from reporting import run_folder
 
 
 @torch.no_grad()
@@ -54,15 +50,13 @@ class Evaluation:
         return [len(labels), int((logits.argmax(1) == labels).sum()), float(losses.sum())]
 
 
-
 # ---- selection, schedule, stopping: functions of the history ------------------------------------
 
 def validation(tally: list) -> dict:
     """Validation loss and accuracy of a tally, as a record of the history has them; null where
-    there is no validation part, or where the loss is not finite."""
+    there is no validation part."""
     n, hits, loss = tally
-    return {"val_loss": loss / n if n and np.isfinite(loss) else None,
-            "val_accuracy": hits / n if n else None}
+    return {"val_loss": loss / n if n else None, "val_accuracy": hits / n if n else None}
 
 
 def without_nan(record: dict) -> dict:
@@ -100,15 +94,11 @@ def plateau_lr(history: list[dict], lr: float, patience: int = 5, factor: float 
 
 # ---- progress and end of a run ------------------------------------------------------------------
 
-def unit_of(record: dict) -> str:
-    return "round" if "round" in record else "epoch"
-
-
 def bundle(args: argparse.Namespace, model: torch.nn.Module, classes: list[str],
            checkpoint: dict) -> dict:
     """The content of model.pt for a checkpoint: loads with weights_only=True, and suffices to use
     the network on new images."""
-    unit, head = unit_of(checkpoint), models.head_name(model)
+    unit, head = run_folder.unit_of(checkpoint), models.head_name(model)
     return {"state": {key: value.cpu() for key, value in checkpoint["state"].items()},
             "model": args.model, "classes": list(classes),
             "head": [f"{head}.weight", f"{head}.bias"], "local_bn": checkpoint["local_bn"],
@@ -134,7 +124,7 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, check
     from reporting import report  # here: what it needs would only delay the first round
     images, split = evaluation.images, evaluation.split
     best = models.read_file(folder / "model.pt")
-    history, unit = checkpoint["history"], unit_of(checkpoint)
+    history, unit = checkpoint["history"], run_folder.unit_of(checkpoint)
     results = {"data": images.name, "synthetic": args.data is None,
                "fingerprint": images.fingerprint(), "model": args.model}
     logits = {}
@@ -143,7 +133,6 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, check
         logits[name] = logits["last"] if name == "best" and best[unit] == checkpoint[unit] else {
             part: evaluation.logits(part, source["state"], source["local_bn"])
             for part in ("val", "test") if len(split[part])}
-    tables.write_predictions(folder, images, split, logits["best"])
     return report.write_run(folder, results, history, images, split, evaluation.shares, logits,
                             clients)
 

@@ -76,8 +76,8 @@ def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experime
     """The checkpoint of a federated run, or its beginning, at every process. Writes the split of a
     new run, and moves the pixels to the training device, where batches are gathered."""
     (split,), (clients,) = run.several.values(), run.clients.values()
-    state = models.moved(run.model.state_dict(), "cpu")
-    checkpoint = {"round": 0, "state": state, "local_bn": {}, "history": []}
+    checkpoint = {"round": 0, "state": models.moved(run.model.state_dict(), "cpu"),
+                  "local_bn": {}, "history": []}
     if job.folder is not None:
         job.folder.mkdir(parents=True, exist_ok=True)
         for place, whole in ((job.folder.parent, None), (job.folder, job.folder.parent.name)):
@@ -87,9 +87,10 @@ def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experime
     if folder is not None:
         checkpoint = run_folder.start_or_resume(folder, run.images, split, clients, checkpoint)
     data.keep_on(run.images, run.device)
-    checkpoint = job.resume(checkpoint, state)
-    moved = {k: models.moved(s, run.device) for k, s in checkpoint["local_bn"].items()}
-    return checkpoint | {"state": models.moved(checkpoint["state"], run.device), "local_bn": moved}
+    state, local_bn, history = job.share_round(*(checkpoint[key] for key in
+                                                 ("state", "local_bn", "history")))
+    return {"round": len(history), "history": history, "state": models.moved(state, run.device),
+            "local_bn": {k: models.moved(s, run.device) for k, s in local_bn.items()}}
 
 
 def open_part(args: argparse.Namespace, part: Path, run: Experiment, split: splits.Split) -> Path:

@@ -39,8 +39,7 @@ from reporting import provenance, run_folder
 
 ALLOWED = {"agreement", "counts", "header", "update", "state", "records", "tally", "confusion"}
 SHARED = ("images", "steps", "loss")  # what a site tells of its training; the rest stays there
-UNCOMPARED = {"data", "site_data", "out", "resume", "device", "timeout", "argv",
-              "cache"}  # one's own
+UNCOMPARED = {*run_folder.UNRECORDED, "data", "site_data", "device"}  # one's own
 HEADER = 2**16  # bytes of the JSON beside an update
 
 
@@ -243,19 +242,12 @@ class Job:
 
     def share_round(self, state: State, local_bn: dict[int, State], records: list[dict],
                     ) -> tuple[State, dict[int, State], list[dict]]:
-        """Give every process the memory that the server has after a round."""
+        """Give every process the memory that the server has after a round, or at the start."""
         names = [sorted(local_bn), list(next(iter(local_bn.values()), {})), records]
         clients, keys, records = self.exchange("records", names)[0]
         empty = {key: state[key] for key in keys}
         return (self.share("state", state),
                 {k: self.share("state", local_bn.get(k, empty)) for k in clients}, records)
-
-    def resume(self, checkpoint: dict | None, state: State) -> dict:
-        """Give every process rank 0's checkpoint. state: one with the network's entries."""
-        lead = checkpoint or {"round": 0, "state": state, "history": [], "local_bn": {}}
-        done, history = self.exchange("records", [lead["round"], lead["history"]])[0]
-        shared, local_bn, _ = self.share_round(lead["state"], lead["local_bn"], [])
-        return lead | {"round": done, "state": shared, "history": history, "local_bn": local_bn}
 
 
 def as_bytes(value: object, size: int = 0) -> Tensor:
