@@ -48,6 +48,8 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
     sketch = models.build(args.model, 2)  # what does not fit is refused before any image is read
     models.freeze(sketch, args.train_from, batchnorm=args.bn == "freeze")
     models.check_size(sketch, args.image_size, args.batch_size)
+    if args.weights not in ("none", "imagenet"):
+        models.read_file(args.weights)
     images = data.load(args)
     parts.settle(args, images)
     folds = getattr(args, "folds", 1)
