@@ -19,7 +19,7 @@ import models
 import predict
 from auditing import duplicates, probes
 from dataset import interventions
-from reporting import tables
+from reporting import figures, tables
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +238,50 @@ def test_bad_input_is_one_line(arguments, words, tmp_path):
 def test_an_existing_folder_is_not_overwritten(doubled, tmp_path):
     with pytest.raises(InputError, match="exists"):
         audit.main(["data", str(doubled), "--out", str(tmp_path), "--image-size", "32"])
+
+
+def test_the_corner_is_a_grey_thumbnail(fields):
+    pixels = torch.zeros(1, 3, 40, 40, dtype=torch.uint8)
+    pixels[0, :, 34:, 28:] = torch.tensor([30, 60, 90], dtype=torch.uint8)[:, None, None]
+    images = data.Images(pixels, torch.zeros(1, dtype=torch.int64), ["a"], ["a"], ["a"], "x")
+    assert probes.corner(images).shape == (1, 128) and set(probes.corner(images)[0]) == {60.0}
+
+
+def test_matches_across_classes_are_counted_and_join_nothing(monkeypatch):
+    pairs = [duplicates.Pair(i, j, 1.0, (0, 0), 1.0, 1.0) for i, j in ((0, 2), (0, 1), (3, 5))]
+    monkeypatch.setattr(duplicates, "near_duplicates", lambda pixels: pairs)
+    groups, counts, near = duplicates.find_groups(toy_images(6, classes=2))
+    assert (counts["near_pairs"], counts["near_pairs_across_classes"]) == (3, 1)
+    assert groups.tolist() == [0, 1, 0, 3, 4, 3] and len(near) == 3
+
+
+def test_names_stand_at_the_first_picture_of_a_row(monkeypatch, tmp_path):
+    places = []
+    monkeypatch.setattr(figures, "_name_row", lambda axis, name: places.append(
+        (name, axis.get_subplotspec().rowspan.start, axis.get_subplotspec().colspan.start)))
+    figures.plot_interventions(toy_images(6, size=24), tmp_path / "x.png")
+    assert places == [("c0", 0, 0), ("c1", 1, 0), ("c2", 2, 0)]
+
+
+def test_leukaemias_called_benign_are_named(tmp_path):
+    tree = write_tree(tmp_path / "set", {"Benign": 24, "Early": 24})
+    run = train(tree, tmp_path / "run", "--rounds", 1)
+    with open(run / "predictions.csv", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    test, kinds = [r for r in rows if r[2] == "test"], ("Benign", "Early")
+    for row in test:  # all wrong
+        row[3:] = [kinds[row[1] == "Benign"], *(("0.1", "0.9") if row[1] == "Benign" else
+                                                ("0.9", "0.1"))]
+    with open(run / "predictions.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    audit.main(["run", str(run)])
+    found = json.loads((run / "audit" / "audit.json").read_text())
+    assert found["called_benign"] == [r[0] for r in test if r[1] == "Early"]
+
+
+def test_confidence_is_drawn_from_zero_to_one(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path, dpi: drawn.append(figure))
+    figures.plot_reliability(np.array([[0.9, 0.1], [0.4, 0.6]]), np.array([0, 0]), tmp_path / "x")
+    (axis,) = drawn[0].axes
+    assert axis.get_xlim() == axis.get_ylim() == (0, 1.02)

@@ -214,3 +214,17 @@ def test_unreadable_files_are_all_named_at_once(tmp_path):
         "x/text.jpg", "y/cut.png", "y/zero.png"]
     pure = data.read_folder(str(write_tree(tmp_path / "pure", {"x": 12, "y": 12})), 20)
     assert torch.equal(images.pixels, pure.pixels) and images.digests == pure.digests
+
+
+DRAWN = {"Benign": [[204, 207, 111, 195], [220, 214, 123, 217]],
+         "Early": [[210, 193, 142, 215], [185, 184, 222, 210]],
+         "Pre": [[171, 187, 183, 188], [205, 136, 184, 192]],
+         "Pro": [[223, 227, 78, 81], [76, 69, 203, 205]]}
+
+
+def test_the_drawn_smears_are_these():
+    """A row of the green channel of four pictures; by one at most, as machines may round."""
+    drawn = {name: [synthetic.draw_one(name, 12, np.random.default_rng([7, i, seed]))[5, 1::3, 1]
+                    .tolist() for seed in (0, 1)] for i, name in enumerate(CLASSES)}
+    assert {k: np.array(v) for k, v in drawn.items()} == {
+        k: pytest.approx(np.array(v), abs=1) for k, v in DRAWN.items()}

@@ -1,5 +1,8 @@
 """torchrun: the same bytes for any number of processes; what leaves a site; what a kill leaves."""
 
+from checks import InputError
+
+import argparse
 import json
 import os
 import re
@@ -26,6 +29,7 @@ from helpers import (
 import models
 import train_federated
 from reporting import provenance
+from training import processes
 from training.processes import Job
 
 SCRIPT = ROOT / "train_federated.py"
@@ -477,3 +481,15 @@ def test_sites_need_names_of_their_own(sites, tmp_path):
         assert [d.returncode for d in done] == [2, 2], done
         assert words in "".join(x for d in done for x in ours(d.stderr)), done
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("rank", "sites", "failed", "raised"), [
+    (1, [], [False, True], InputError), (1, [], [True, True], SystemExit),
+    (0, [], [True, True], InputError), (1, ["A", "B"], [True, True], InputError)])
+def test_who_says_why_a_job_does_not_begin(monkeypatch, rank, sites, failed, raised):
+    """The server, or the one process that fails alone; hospitals each say their own."""
+    job = processes.Job()
+    job.rank, job.world, job.sites = rank, 2, sites
+    monkeypatch.setattr(job, "exchange", lambda kind, content: [{"failed": f} for f in failed])
+    with pytest.raises(raised), job.preparing(argparse.Namespace()):
+        raise InputError("the reason")

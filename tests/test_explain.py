@@ -2,6 +2,7 @@
 
 import checks
 
+import argparse
 import csv
 import json
 import shutil
@@ -13,7 +14,8 @@ from helpers import script, train
 
 import explain
 import models
-from reporting import finished, inference
+from dataset import interventions
+from reporting import figures, finished, inference
 
 QUICK = ["--per-class", "1", "--samples", "20", "--steps", "3", "--lime-seeds", "2"]
 
@@ -159,3 +161,31 @@ def test_bad_input_is_one_line(explained, capsys, line, words):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error
     assert error.strip().count("\n") == 0 and "Traceback" not in error
+
+
+def test_defaults_of_the_flags():
+    parser = argparse.ArgumentParser()
+    explain.add_arguments(parser)
+    args = parser.parse_args(["run"])
+    assert (args.per_class, args.steps, args.samples, args.lime_seeds, args.rectangle) == (
+        3, 32, 1000, 3, (0.7, 0.85, 1.0, 1.0))
+
+
+def test_the_background_is_bright_to_the_eye():
+    """By luminance: green of 150 is brighter than red of 255."""
+    pixels = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    pixels[0, 0, 0], pixels[1, 0, 1] = 255, 150
+    assert interventions.background(pixels).tolist() == [[False, True], [False, False]]
+
+
+def test_the_first_benign_and_the_first_malignant_image_are_shown(monkeypatch, tmp_path):
+    """Of images without a known class, by the class that the network names first."""
+    shown, found = [], {"maps": {}, "segments": "s", "lime": [{0: "w0", 1: "w1"}]}
+    monkeypatch.setattr(figures, "plot_lime", lambda entries, classes, path: shown.extend(entries))
+    monkeypatch.setattr(figures, "plot_maps", lambda *a: None)
+    pixels = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    subjects = [explain.Subject(n, pixels, None, np.array(p), "given")
+                for n, p in (("benign", [0.9, 0.1]), ("malignant", [0.2, 0.8]))]
+    figures.write(tmp_path, subjects, [found, found], ["Benign", "Early"], ())
+    assert [(s.path, target, weights) for s, target, _, weights in shown] == [
+        ("malignant", 1, "w1"), ("benign", 0, "w0")]

@@ -276,3 +276,15 @@ def test_impossible_folds_are_refused():
         splits.make_folds("stratified80", y, 2, 0)
     with pytest.raises(InputError, match="--inner-val 0.001 leaves a fold .*: no group is so"):
         splits.make_folds("grouped", y, 2, 0, inner_val=0.001, groups=list(map(str, range(44))))
+
+
+def test_statistics_of_any_scale_count_alike_in_the_stain():
+    rng = np.random.default_rng(0)
+    stain, labels = rng.permutation(40) / 40, np.arange(40) % 2
+    x = np.stack([stain + 0.02 * rng.normal(size=40) for _ in range(4)]
+                 + [rng.normal(size=40)], 1)
+    paths = [f"{i:02d}" for i in range(40)]
+    plain = splits.stain_owners(x, labels, paths, np.arange(40), 2)
+    assert np.corrcoef(plain, stain)[0, 1] > 0.7
+    scaled = splits.stain_owners(x * (1, 1, 1, 1, 1000), labels, paths, np.arange(40), 2)
+    assert np.array_equal(plain, scaled)

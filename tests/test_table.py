@@ -430,3 +430,12 @@ def test_a_planted_effect_of_patients_is_missed_by_images_and_not_by_patients():
     assert whole["reason"].startswith("no interval: 2 of 30 patients hold a discordant image")
 
 
+
+
+def test_the_effective_number_is_less_where_patients_are_alike():
+    """Twelve of forty patients always wrong: design effect about 5."""
+    members, hit = np.repeat(np.arange(40), 5), np.repeat(np.arange(40) >= 12, 5)
+    found = metrics.clustered(hit, members)
+    variance = 40 / 39 * ((np.bincount(members, hit) - 0.7 * 5) ** 2).sum() / 200**2
+    expected = 0.7 * 0.3 / variance * (t.ppf(0.975, 199) / t.ppf(0.975, 39)) ** 2
+    assert expected < 45 and found["effective_n"] == pytest.approx(expected)

@@ -45,6 +45,8 @@ def test_smoke_the_run_folder_holds_what_the_design_lists(hard_run, tree):
     assert run["classes"] == ["Benign", "Early", "Pre"] and len(run["fingerprint"]) == 64
     assert run["machine"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert run["machine"]["amp_auto"] == str(models.pick_precision("auto", torch.device("cpu")))
+    for record in map(json.loads, (out / "history.jsonl").read_text().splitlines()):
+        assert record["images_per_second"] == record["images"] / record["seconds"]
     rows = list(csv.DictReader((out / "split.csv").open()))
     assert [sum(r["split"] == p for r in rows) for p in ("train", "val", "test")] == [58, 7, 7]
     assert all((r["client"] != "") == (r["split"] == "train") for r in rows)
