@@ -277,11 +277,15 @@ def test_leukaemias_called_benign_are_named(tmp_path):
     audit.main(["run", str(run)])
     found = json.loads((run / "audit" / "audit.json").read_text())
     assert found["called_benign"] == [r[0] for r in test if r[1] == "Early"]
+    assert "none" not in audit.run_page(found) and "none" in audit.run_page(
+        found | {"called_benign": []})
 
 
 def test_confidence_is_drawn_from_zero_to_one(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path, dpi: drawn.append(figure))
     figures.plot_reliability(np.array([[0.9, 0.1], [0.4, 0.6]]), np.array([0, 0]), tmp_path / "x")
+    figures.plot_reliability(np.array([[1.0, 0.0], [0.95, 0.05]]), np.array([0, 0]), tmp_path / "x")
+    assert drawn[1].axes[0].collections[0].get_offsets().tolist() == [[0.975, 1.0]]  # one bin
     (axis,) = drawn[0].axes
     assert axis.get_xlim() == axis.get_ylim() == (0, 1.02)

@@ -220,6 +220,10 @@ DRAWN = {"Benign": [[204, 207, 111, 195], [220, 214, 123, 217]],
          "Early": [[210, 193, 142, 215], [185, 184, 222, 210]],
          "Pre": [[171, 187, 183, 188], [205, 136, 184, 192]],
          "Pro": [[223, 227, 78, 81], [76, 69, 203, 205]]}
+MEANS = {"Benign": [205.979, 184.451, 198.078],
+         "Early": [198.687, 178.089, 197.525],
+         "Pre": [197.263, 172.881, 190.606],
+         "Pro": [189.186, 164.603, 188.327]}  # of red, green, blue
 
 
 def test_the_drawn_smears_are_these():
@@ -228,3 +232,7 @@ def test_the_drawn_smears_are_these():
                     .tolist() for seed in (0, 1)] for i, name in enumerate(CLASSES)}
     assert {k: np.array(v) for k, v in drawn.items()} == {
         k: pytest.approx(np.array(v), abs=1) for k, v in DRAWN.items()}
+    pixels, names, _ = synthetic.draw(12)
+    for name, mean in MEANS.items():
+        own = pixels[[n == name for n in names]]
+        assert own.mean((0, 1, 2)) == pytest.approx(mean, abs=0.005)

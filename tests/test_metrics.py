@@ -7,7 +7,7 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as sk
 
-from reporting import metrics, paired
+from reporting import baselines, metrics, paired
 
 NAMES = ["Benign", "Early", "Pre", "Pro"]
 PAPER = np.array([[58, 0, 1, 0], [1, 97, 0, 0], [0, 0, 84, 0], [0, 0, 0, 84]])  # section V
@@ -219,3 +219,8 @@ def test_mean_and_sample_standard_deviation():
     assert m == {"n": 3, "mean": pytest.approx(0.8), "sd": pytest.approx(0.1)}
     assert metrics.mean_sd([0.5]) == {"n": 1, "mean": 0.5, "sd": None}
     assert metrics.mean_sd([None]) == {"n": 0, "mean": None, "sd": None}
+
+
+def test_the_classifiers_of_colour_are_what_they_are_called():
+    assert [type(baselines.make_classifier(kind)[-1]).__name__ for kind in ("1-nn", "rbf-svm")] == [
+        "KNeighborsClassifier", "SVC"]

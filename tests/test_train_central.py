@@ -2,6 +2,7 @@
 
 from checks import InputError
 
+import argparse
 import csv
 import json
 
@@ -300,3 +301,11 @@ def test_help_names_every_group():
     assert done.returncode == 0
     for group in ("data", "split", "model", "centralised training", "local training", "run folder"):
         assert f"\n{group}:" in done.stdout
+
+
+def test_a_run_made_before_folds_is_like_one_split(monkeypatch):
+    recorded = {"rounds": 3, "local_epochs": 2, "bn": "average", "seed": 5}
+    monkeypatch.setattr(run_folder, "read_run", lambda folder: {"arguments": recorded})
+    args = argparse.Namespace(like="old", seed=0, folds=5, epochs=40, bn="train", period=1)
+    assert train_central.defaults(args) == {"folds": 1, "seed": 5, "bn": "train", "epochs": 6,
+                                            "period": 2}
