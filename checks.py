@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-# torch's threads wait for each other at every layer. libgomp lets them spin meanwhile, and beside
-# one busy process a step takes many times as long. It reads this once, when torch is loaded.
+# torch's threads wait for each other at every layer. libgomp lets them spin long meanwhile, and
+# beside other work a step takes many times as long. A short spin costs nothing on an idle machine
+# (measured: docs/log.md). libgomp reads this once, when torch is loaded.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "0"
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 class InputError(Exception):

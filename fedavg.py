@@ -88,8 +88,7 @@ class WeightedAverage:
     """θ = Σ n_k θ_k / Σ n_k of Algorithm 1, one client at a time, no input changed.
 
     Float entries, BatchNorm's running statistics included, are summed in float64 in the order of
-    adding and divided once. Integer entries (BatchNorm's counters) take the element-wise maximum.
-    """
+    adding and divided once. Integer entries (BatchNorm's counters) take their largest value."""
 
     def __init__(self) -> None:
         self.sums, self.dtypes, self.num_examples = {}, {}, 0
@@ -103,11 +102,12 @@ class WeightedAverage:
             raise ValueError("states differ in their entries or shapes")
         for key, value in state.items():
             self.dtypes[key], total = value.dtype, self.sums.get(key)
-            if value.is_floating_point():
-                value = value.detach().to(torch.float64, copy=True).mul_(num_examples)
-                self.sums[key] = value if total is None else total.add_(value)
-            else:
+            if not value.is_floating_point():
                 self.sums[key] = value.clone() if total is None else torch.maximum(total, value)
+            elif total is None:
+                self.sums[key] = value.detach().to(torch.float64, copy=True).mul_(num_examples)
+            else:  # in one pass: n_k θ_k of float32 is exact in float64
+                total.add_(value.detach(), alpha=num_examples)
         self.num_examples += num_examples  # of the clients that were added, not of all clients
 
     def result(self) -> State:

@@ -5,9 +5,9 @@
 
 idle = one training alone, busy = beside a process that never rests, two = two trainings at once,
 of which the slower counts. Each as a ratio to idle in the same environment: scripts = as every
-script sets it, libgomp = nothing set, passive = OMP_WAIT_POLICY=PASSIVE. idle_over_libgomp is what
-the setting costs on an idle machine. Networks, environments and kinds alternate within a block;
-medians over the blocks. Nothing else may run. Last line: JSON.
+script sets it, libgomp = nothing set, passive = OMP_WAIT_POLICY=PASSIVE, spinN = GOMP_SPINCOUNT=N.
+idle_over_libgomp is what the setting costs on an idle machine. Networks, environments and kinds
+alternate within a block; medians over the blocks. Nothing else may run. Last line: JSON.
 """
 
 import sys
@@ -24,7 +24,8 @@ from statistics import median
 
 NETWORKS = {"demonstration": (), "mobilenet_v2": ("mobilenet_v2", 112, 32),
             "resnet50": ("resnet50", 224, 32)}  # model, pixels, batch
-ENVIRONMENTS = {"scripts": {}, "libgomp": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
+ENVIRONMENTS = {"scripts": {}, "libgomp": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+                **{f"spin{n}": {"GOMP_SPINCOUNT": str(n)} for n in (0, 100, 1000, 10000, 100000)}}
 BUSY = [sys.executable, "-c", "while True: pass"]
 
 
@@ -92,7 +93,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    add("--environments", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
+    add("--environments", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS)[:3])
     add("--steps", type=integer(1), default=10, help="optimiser steps of each kind in a block")
     add("--blocks", type=integer(1), default=3)
     args = parser.parse_args()

@@ -145,13 +145,13 @@ runpy.run_module(sys.argv.pop(1), run_name=sys.argv.pop(1))
 
 
 @pytest.mark.parametrize(("module", "run_name", "given", "expected"), [
-    ("train_federated", "train_federated", {}, ["0", None]),
-    ("train_central", "__main__", {}, ["0", None]),
-    ("reporting.architecture", "__main__", {}, ["0", None]),
-    ("dataset.augment", "x", {}, ["0", None]), ("torch", "x", {}, [None, None]),
+    ("train_federated", "train_federated", {}, ["1000", None]),
+    ("train_central", "__main__", {}, ["1000", None]),
+    ("reporting.architecture", "__main__", {}, ["1000", None]),
+    ("dataset.augment", "x", {}, ["1000", None]), ("torch", "x", {}, [None, None]),
     ("train_federated", "x", {"GOMP_SPINCOUNT": "7"}, ["7", None]),
     ("train_federated", "x", {"OMP_WAIT_POLICY": "active"}, [None, "active"]),
-    ("benchmarks.contention", "__main__ --work resnet50 scripts 1", {}, ["0", None]),
+    ("benchmarks.contention", "__main__ --work resnet50 scripts 1", {}, ["1000", None]),
     ("benchmarks.contention", "__main__ --work resnet50 libgomp 1", {}, [None, None])])
 def test_threads_do_not_spin_unless_the_user_says_so(module, run_name, given, expected):
     clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}

@@ -180,6 +180,13 @@ def test_a_closed_pipe_does_not_end_the_work(tree, tmp_path):
     assert (out / "results.json").exists()
 
 
+def test_threads_that_wait_otherwise_give_the_same_bytes(short, tree, tmp_path):
+    out = tmp_path / "run"
+    subprocess.run(command("train_federated.py", "--data", tree, *BASE, "--rounds", 1, "--out",
+                           out), env=os.environ | {"GOMP_SPINCOUNT": "100000"}, check=True)
+    assert same_run(short, out)
+
+
 # As a command finds them at its start, in a process that was forked.
 CLOSED = """
 import os, runpy, sys
