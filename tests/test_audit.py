@@ -19,7 +19,7 @@ import models
 import predict
 from auditing import duplicates, probes
 from dataset import interventions
-from reporting import figures, tables
+from reporting import tables
 
 
 @pytest.fixture(scope="module")
@@ -255,14 +255,6 @@ def test_matches_across_classes_are_counted_and_join_nothing(monkeypatch):
     assert groups.tolist() == [0, 1, 0, 3, 4, 3] and len(near) == 3
 
 
-def test_names_stand_at_the_first_picture_of_a_row(monkeypatch, tmp_path):
-    places = []
-    monkeypatch.setattr(figures, "_name_row", lambda axis, name: places.append(
-        (name, axis.get_subplotspec().rowspan.start, axis.get_subplotspec().colspan.start)))
-    figures.plot_interventions(toy_images(6, size=24), tmp_path / "x.png")
-    assert places == [("c0", 0, 0), ("c1", 1, 0), ("c2", 2, 0)]
-
-
 def test_leukaemias_called_benign_are_named(tmp_path):
     tree = write_tree(tmp_path / "set", {"Benign": 24, "Early": 24})
     run = train(tree, tmp_path / "run", "--rounds", 1)
@@ -279,13 +271,3 @@ def test_leukaemias_called_benign_are_named(tmp_path):
     assert found["called_benign"] == [r[0] for r in test if r[1] == "Early"]
     assert "none" not in audit.run_page(found) and "none" in audit.run_page(
         found | {"called_benign": []})
-
-
-def test_confidence_is_drawn_from_zero_to_one(monkeypatch, tmp_path):
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path, dpi: drawn.append(figure))
-    figures.plot_reliability(np.array([[0.9, 0.1], [0.4, 0.6]]), np.array([0, 0]), tmp_path / "x")
-    figures.plot_reliability(np.array([[1.0, 0.0], [0.95, 0.05]]), np.array([0, 0]), tmp_path / "x")
-    assert drawn[1].axes[0].collections[0].get_offsets().tolist() == [[0.975, 1.0]]  # one bin
-    (axis,) = drawn[0].axes
-    assert axis.get_xlim() == axis.get_ylim() == (0, 1.02)

@@ -131,6 +131,7 @@ def test_calibration_error_by_hand():
     p = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]])
     labels = np.array([0, 1, 0])
     assert metrics.calibration_error(p, labels) == pytest.approx((abs(1 - 1.8) + 0.4) / 3)
+    assert metrics.calibration_error(np.eye(2), np.array([1, 0])) == 1  # sure, and wrong
 
 
 def test_resampled_auc_equals_scikit_learn_with_ties():

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from helpers import PLAIN, average, clone, equal, plain_net, toy_images, write_tree
 from PIL import Image
-from scipy.stats import norm
+from scipy.stats import betabinom, norm
 from torch import nn
 
 import audit
@@ -24,7 +24,7 @@ import train_central
 import train_federated
 from auditing import membership, privacy, privacy_page
 from dataset import splits
-from reporting import report
+from reporting import figures, report
 from reporting.finished import read_history
 
 
@@ -252,6 +252,49 @@ def test_a_replay_proves_itself_by_equal_norms(here, there, expected):
     assert privacy.prove(*rows) == expected
 
 
+def test_of_several_folds_the_first_that_is_not_replayed_is_told():
+    replays = [{"equal": True, "by": 0, "differs": {}},
+               {"equal": False, "by": 0.25, "differs": {"threads": [2, 1]}},
+               {"equal": False, "by": 0.5, "differs": {}}]
+    result = {"parts": {f"fold{i}": {"replay": one} for i, one in enumerate(replays)}}
+    line = privacy_page.proof(result)
+    assert "**no**, by 0.25 (" in line and line.endswith("threads 2 there, 1 here.")
+    result["parts"] = {"fold0": {"replay": replays[0]}}
+    assert "**yes**, by 0 (" in privacy_page.proof(result)
+
+
+@pytest.mark.parametrize(("low", "high", "each", "plain", "null"), [
+    (0.4, 0.6, [], "not told apart", "holds 0.5"), (0.5, 0.6, [], "not told apart", "holds 0.5"),
+    (0.51, 0.6, [], "**told apart**", "**does not hold 0.5**"),
+    (0.3, 0.5, [], "not told apart", "holds 0.5"),
+    (0.3, 0.49, [], "below 0.5", "**does not hold 0.5**"),
+    (0.4, 0.6, [(0.4, 0.6), (0.6, 0.7), (None, None)], "not told apart",
+     "holds 0.5; 1 of 3 hold it one by one")])
+def test_words_beside_an_auc(low, high, each, plain, null):
+    figure = {"value": 0.5, "low": low, "high": high}
+    assert privacy_page.said(figure, False) == plain
+    assert privacy_page.said(figure | ({"each": [{"low": a, "high": b} for a, b in each]}
+                                       if each else {}), True) == null
+
+
+def test_words_where_there_is_no_interval():
+    none = {"low": None, "high": None}
+    for null in (False, True):
+        assert privacy_page.said({"value": 0.7, **none}, null) == "too few images"
+        assert privacy_page.said({"value": None, **none}, null) == "no images to compare"
+
+
+@pytest.mark.parametrize(("n", "rest"), [
+    (40, ["1.0%, 0.1%", "not resolvable below 1/40 = 0.0250", "–", "–"]),
+    (100, ["0.1%", "not resolvable below 1/100 = 0.0100", "–", "–"]), (1000, None)])
+def test_what_so_few_images_cannot_resolve_is_said(n, rest):
+    rates = [{"false_positives": 0, "n": n, "false_low": 0.0, "false_high": 0.0123, "hits": 3,
+              "members": 40, "value": 0.075, "low": 0.0157, "high": 0.2039}]
+    rows = [["A1", f"0 of {n}", "0.0000–0.0123", "3 of 40", "0.0750 (0.0157–0.2039)"]]
+    assert privacy_page.rate_rows("A1", rates) == rows + ([["A1", *rest]] if rest else [])
+    assert privacy_page.rate_rows("A1", []) == []
+
+
 # ---- whole runs ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module", autouse=True)
@@ -381,6 +424,62 @@ def test_the_replay_equals_the_history_and_the_report_begins_with_it(runs):
     assert {p.name for p in folder.iterdir()} == {"report.md", "privacy.json", "membership.png",
                                                   "server.png"}
     assert found["not_tried"] == {} and found["names"] == [f"client {k}" for k in range(4)]
+
+
+def test_the_report_has_a_row_for_every_figure(runs):
+    result = read(runs / "run" / "privacy")
+    clients = [f"client {k}" for k in range(4)]
+    attacks = [("A2", ["network before training"]), ("A3, round 1", ["images of nobody"]),
+               ("A3, round 4", ["images of nobody"])]
+    names = [("A1, model.pt", False), ("A1, last.pt", False),
+             *((f"A1, {who}", False) for who in clients),
+             ("A1, images with a partner in training", False), ("placebo: before training", True)]
+    for attack, nulls in attacks:
+        names += [(attack, False), *((f"{attack}, {who}", False) for who in clients),
+                  (f"{attack}, controls", True), *((f"{attack}, {n}", True) for n in nulls)]
+    assert [(name, null) for name, _, null in privacy_page.rows_of(result)] == names
+    text = (runs / "run" / "privacy" / "report.md").read_text("utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    heads = [i for i, line in enumerate(rows) if line.startswith("| ---")]
+    assert len(heads) == 3 and heads[1] - heads[0] - 2 == len(names)
+    for (name, null), line in zip(names, rows[heads[0] + 1:], strict=False):
+        assert line.startswith(f"| *{name}* |" if null else f"| {name} |")
+    best = result["parts"][""]["A1"]["best"]
+    assert rows[heads[0] + 1] == (
+        f"| A1, model.pt | {best['value']:.4f} ({best['low']:.4f}–{best['high']:.4f}) | "
+        f"{best['detectable']:.4f} | 320 | 40 | **told apart** |")
+    assert "SYNTHETIC" not in text and "is not reported" not in text
+    assert "SYNTHETIC" in "".join(privacy_page.page(result | {"synthetic": True}))
+    a4 = result["parts"][""]["rounds"][1]["A4"]
+    assert rows[-1] == (
+        f"| round 4 | 320 | {a4['value']:.4f} ({a4['low']:.4f}–{a4['high']:.4f}) | 0.2500 | "
+        f"{a4['largest']:.4f} | {a4['permuted']['value']:.4f} "
+        f"({a4['permuted']['low']:.4f}–{a4['permuted']['high']:.4f}) |")
+
+
+def test_what_the_figures_draw(runs, tmp_path, monkeypatch):
+    """The band is where 320 members drawn at random lie, at 1 to 39 false alarms of 40."""
+    drawn, result = [], read(runs / "run" / "privacy")
+    monkeypatch.setattr(figures, "save", lambda figure, path, dpi: drawn.append(figure))
+    privacy_page.plot_membership(result, tmp_path / "membership.png")
+    privacy_page.plot_server(result, tmp_path / "server.png")
+    (roc, aucs), servers = drawn[0].axes, drawn[1].axes
+    band = roc.collections[0].get_paths()[0].vertices
+    for k in (1, 20, 39):
+        chances = np.cumsum(betabinom(320, k + 1, 40 - k).pmf(np.arange(321)))
+        expected = [int(np.argmax(chances >= q)) / 320 for q in (0.025, 0.975)]
+        there = band[band[:, 0] == k / 40, 1]
+        assert [there.min(), there.max()] == pytest.approx(expected, abs=1e-8)
+    part = result["parts"][""]
+    line = roc.lines[0]
+    assert line.get_xdata().tolist() == [k / 40 for k in range(1, 40)]
+    assert line.get_ydata().tolist() == part["A1"]["best"]["curve"][1:]
+    assert roc.get_xlim() == (1 / 120, 1) and roc.get_ylim() == (1 / 40, 1.05)
+    rows = [row for row in privacy_page.rows_of(result) if row[1]["low"] is not None]
+    points = [tuple(line.get_xydata()[0]) for line in aucs.lines if len(line.get_xydata()) == 1]
+    assert points == [(row[1]["value"], i) for i, row in enumerate(rows[::-1])]
+    assert [[int(t.get_text()) for t in axis.texts] for axis in servers] == [
+        np.ravel(one["A4"]["matrix"]).tolist() for one in part["rounds"]]
 
 
 def test_the_round_after_the_last_is_the_one_that_a_longer_run_trains(runs, tmp_path):
