@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +124,15 @@ def test_batches_keep_channels_last_and_a_client_trains_alike_from_either_memory
         assert equal(stay, moved.state)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("free", "stays"), [(200, False), (199, True)])
+def test_pixels_go_to_a_gpu_if_they_take_half_of_its_free_memory_at_most(monkeypatch, free, stays):
+    images, gpu = toy_images(2), torch.device("cuda", 0)
+    images.pixels = SimpleNamespace(numel=lambda: 100, to=lambda device: device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 400))
+    data.keep_on(images, gpu)
+    assert (images.pixels != gpu) == stays
 
 
 @needs_gpu

@@ -306,6 +306,14 @@ def test_a_second_process_that_alone_fails_speaks_for_itself_in_the_end(tree, tm
     assert "1 folder(s) for 2" in done.stderr
 
 
+def test_a_process_that_loses_the_others_ends_with_code_1():
+    program = ("from training import processes\n"
+               "def main(argv, job):\n    raise processes.LostProcess('peer closed')\n"
+               "processes.start(main)")
+    done = Process(program, [], env={"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}).wait()
+    assert done.returncode == 1 and "is gone or silent (peer closed)" in done.stderr, done
+
+
 def test_site_flags_are_refused_without_torchrun(tree, tmp_path):
     alone = script("--site-data", f"A={tree}", *BASE, "--out", tmp_path / "x")
     assert alone.returncode == 2 and "torchrun" in alone.stderr

@@ -113,6 +113,17 @@ def test_twice_is_the_same_to_the_byte(explained):
     assert before == after and len(before) > 10
 
 
+def test_a_correlation_that_may_be_one_half_is_not_called_sensitive():
+    check = {method: {"random_area": 0.5, "deletion_area": 0.5, "corner": 0.0, "background": 0.0,
+                      "jaccard": 1.0} for method in explain.METHODS}
+    one = explain.Subject("x", torch.zeros(3, 8, 8, dtype=torch.uint8), 0, np.ones(1), "rule")
+    for rho, sensitive in ((0.5, False), (0.25, True)):
+        found = explain.verdicts([check] * 2, {m: [[rho, rho]] for m in explain.METHODS}, [one],
+                                 argparse.Namespace(rectangle=(0.7, 0.85, 1.0, 1.0)))
+        assert {(m["sensitive"], m["faithful"]) for m in found["methods"].values()} == {
+            (sensitive, False)}  # and a gain of 0 is not called faithful
+
+
 def test_verdicts_say_what_the_figures_say(explained):
     found = json.loads((explained[0] / "explanations" / "explanations.json").read_text())
     assert found["images"] == 3 and set(found["methods"]) == set(explain.METHODS)
