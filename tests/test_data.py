@@ -2,6 +2,7 @@
 
 from checks import InputError
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,7 @@ def test_describe_names_what_it_finds(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "set: 61 images" in done.stdout and "61 of 20x20 RGB" in done.stdout
     assert "unreadable: x/bad.png" in done.stdout and "1 copies of another" in done.stdout
-    assert "client 1" in done.stdout
+    assert "client 1" in done.stdout and re.search("fingerprint [0-9a-f]{16}\n", done.stdout)
     assert Image.open(tmp_path / "sheet.png").size == (8 * 224, 2 * 224)
 
 

@@ -308,7 +308,9 @@ def test_a_second_process_that_alone_fails_speaks_for_itself_in_the_end(tree, tm
 
 def test_a_process_that_loses_the_others_ends_with_code_1():
     program = ("from training import processes\n"
-               "def main(argv, job):\n    raise processes.LostProcess('peer closed')\n"
+               "def main(argv, job):\n"
+               "    job.store = type('Store', (), {'add': lambda *_: 1})()\n"
+               "    raise processes.LostProcess('peer closed')\n"
                "processes.start(main)")
     done = Process(program, [], env={"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}).wait()
     assert done.returncode == 1 and "is gone or silent (peer closed)" in done.stderr, done
