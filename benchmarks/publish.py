@@ -3,7 +3,8 @@
     python benchmarks/publish.py runs/NAME [runs/OTHER ...] --to results
 
 Of a run, and of each fold or client in it: run.json, results.json, history.jsonl, split.csv,
-predictions.csv. `python compare.py results/A results/B` then gives the published table.
+predictions.csv, and what `audit.py privacy` measured. `python compare.py results/A results/B` then
+gives the published table.
 """
 
 import sys
@@ -15,7 +16,8 @@ from checks import InputError, guard, make_parser
 import json
 import shutil
 
-FILES = ("run.json", "results.json", "history.jsonl", "split.csv", "predictions.csv")
+NAMING = ("run.json", "privacy/privacy.json")  # these hold paths of the machine
+FILES = (*NAMING, "results.json", "history.jsonl", "split.csv", "predictions.csv")
 
 
 def without_paths(value):
@@ -38,13 +40,17 @@ def publish(run: Path, place: Path) -> None:
         raise InputError(f"{place}: exists already")
     for source in sorted(run.rglob("run.json")):
         folder = place / source.parent.relative_to(run)
-        folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            if name == "run.json":
-                content = without_paths(json.loads(source.read_text("utf-8")))
-                (folder / name).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-            elif (source.parent / name).exists():
-                shutil.copyfile(source.parent / name, folder / name)
+            there, here = source.parent / name, folder / name
+            if not there.exists():
+                continue
+            here.parent.mkdir(parents=True, exist_ok=True)
+            if name in NAMING:
+                content = without_paths(json.loads(there.read_text("utf-8")))
+                indent = 1 if name == "run.json" else None  # not a line for each point of a curve
+                here.write_text(json.dumps(content, indent=indent) + "\n", "utf-8")
+            else:
+                shutil.copyfile(there, here)
 
 
 def main() -> None:

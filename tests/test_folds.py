@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import runpy
+import shutil
 
 import numpy as np
 import pytest
@@ -205,10 +206,14 @@ def check_published(folder):
 
 def test_a_published_run_is_compared_like_the_run_itself(federated, tmp_path):
     publish = runpy.run_path(str(ROOT / "benchmarks" / "publish.py"))["publish"]
-    for name in ("one", "two"):
-        publish(federated, tmp_path / name)
-    files = {p.name for p in (tmp_path / "one").rglob("*") if p.is_file()}
+    audited = shutil.copytree(federated, tmp_path / "run")
+    (audited / "privacy").mkdir()
+    (audited / "privacy" / "privacy.json").write_text('{"run": "/tmp/place/run"}')
+    for run, name in ((audited, "one"), (federated, "two")):
+        publish(run, tmp_path / name)
+    files = {p.name for p in (tmp_path / "two").rglob("*") if p.is_file()}
     assert files == {"run.json", "results.json", "history.jsonl", "split.csv", "predictions.csv"}
+    assert (tmp_path / "one" / "privacy" / "privacy.json").read_text() == '{"run": "run"}\n'
     check_published(tmp_path / "one")
     compare.main([str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "c")])
     table = json.loads((tmp_path / "c" / "comparison.json").read_text())
