@@ -1,6 +1,6 @@
 """What an audit counts over splits, probes and interventions, and what its pages say of it."""
 
-import checks  # noqa: F401 - before torch
+from checks import InputError
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from helpers import toy_images, write_tree
 
 import audit
 from auditing import probes
-from dataset import interventions, splits
+from dataset import interventions, splits, table
 
 
 def figure(value, low=None, high=None):
@@ -48,8 +48,8 @@ def test_partners_in_a_given_split_are_those_of_its_own_training_part(capsys):
     assert len(expected) == 27
     assert audit.partners(images, groups)["given"] == {"n": 30, "partners": 27, "identical": 0}
     groups = np.arange(60)
-    groups[30:] = expected[0]
-    assert audit.partners(images, groups)["given"]["partners"] == 30
+    groups[30:] = np.repeat(np.setdiff1d(np.arange(30), expected), 10)  # of those that validate
+    assert audit.partners(images, groups)["given"]["partners"] == 0
 
 
 def test_probes_are_judged_on_one_split_and_on_five_folds_without_validation(monkeypatch):
@@ -74,7 +74,7 @@ def test_probes_are_judged_on_one_split_and_on_five_folds_without_validation(mon
 
 
 def test_seed_42_has_its_place_among_the_seeds(monkeypatch):
-    values = {0: 0.2, 1: 0.5, 2: 0.8, 3: 0.5, 42: 0.5}
+    values = {0: 0.2, 1: 0.5, 2: 0.8, 3: 0.9, 42: 0.5}
     monkeypatch.setattr(splits, "make_split", lambda kind, labels, seed: (kind, seed))
 
     def score(x, labels, several, classifier):
@@ -83,9 +83,9 @@ def test_seed_42_has_its_place_among_the_seeds(monkeypatch):
         return {"value": values[seed]}
     monkeypatch.setattr(probes, "score", score)
     assert audit.seed_distribution(None, None, 4) == {
-        "seeds": 4, "mean": pytest.approx(0.5), "sd": pytest.approx(0.06**0.5), "min": 0.2,
-        "max": 0.8, "seed_42": 0.5, "share_below_seed_42": 0.25, "share_equal": 0.5,
-        "values": [0.2, 0.5, 0.8, 0.5]}
+        "seeds": 4, "mean": pytest.approx(0.6), "sd": pytest.approx(0.1**0.5), "min": 0.2,
+        "max": 0.9, "seed_42": 0.5, "share_below_seed_42": 0.25, "share_equal": 0.25,
+        "values": [0.2, 0.5, 0.8, 0.9]}
 
 
 def test_an_audit_of_data_goes_on_without_what_cannot_be_read(tmp_path, monkeypatch, capsys):
@@ -154,6 +154,25 @@ def test_only_what_training_did_not_take_away_is_taken_away(monkeypatch):
     assert list(found) == ["scale-bar"] and found["scale-bar"]["accuracy"]["value"] == 0.75
     assert found["scale-bar"]["difference"]["value"] == 0.25
     assert torch.equal(seen[0], interventions.apply(pixels, ["scale-bar"]))
+
+
+def test_groups_are_those_of_the_table_which_must_name_every_image():
+    images = toy_images(5)
+    whole = {path: {"patient": p, "group": g} for path, p, g in zip(
+        images.paths, ["A", "B", "A", "", ""], ["1", "2", "3", "2", ""], strict=True)}
+    rows = dict(reversed(whole.items()))  # in any order
+
+    def groups(rows, *columns):
+        found = audit.read_groups(table.Table("--table t.csv", ("path", *columns), rows), images)
+        return np.unique(found, return_index=True)[1][found].tolist()  # each by its first image
+    assert groups(rows, "patient", "group") == [0, 1, 0, 1, 4]
+    assert groups(rows, "patient") == [0, 1, 0, 3, 4]
+    assert groups(rows, "group") == [0, 1, 2, 1, 4]
+    with pytest.raises(InputError, match="t.csv: has neither a column patient nor a column group"):
+        groups(rows, "label")
+    del rows[images.paths[3]]
+    with pytest.raises(InputError, match=r"t.csv: 1 image\(s\) of .* not in it: c0/003.png"):
+        groups(rows, "patient")
 
 
 @pytest.mark.parametrize(("low", "words"), [
