@@ -139,11 +139,17 @@ def test_pixel_scaling_of_black_and_white():
         assert not any(x.is_inference() for x in data.imagenet.__wrapped__(CPU))
 
 
-def test_a_batch_is_made_on_the_device_that_is_asked_for():
+def test_a_batch_is_made_on_the_device_that_is_asked_for(monkeypatch):
     images, index, meta = toy_images(3), torch.tensor([2, 0]), torch.device("meta")
     assert data.gather(images, index, meta).device == meta
     batch, rows = data.train_batch(images, index, None, torch.Generator(), meta)
     assert batch.device == rows.device == meta and images.pixels.device == CPU
+    gather, seen = data.gather, []  # it takes indices on the device of the pixels
+    monkeypatch.setattr(data, "gather", lambda *a: seen.append(a[1].device) or gather(*a))
+    data.train_batch(images, index, None, torch.Generator(), meta)
+    images.pixels = images.pixels.to(meta)
+    data.train_batch(images, index, None, torch.Generator(), meta)
+    assert seen == [CPU, meta]
 
 
 def test_validation_is_never_augmented_and_the_source_survives():
@@ -247,7 +253,7 @@ def test_five_sizes_are_listed_and_of_more_three_by_area(kinds, capsys):
     images.found = Counter({(*size, "RGB"): 5 for size in SIZES[:kinds]})
     data.describe(flags(), images)
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if " of " in line][:5] == [
+    assert [line for line in lines if line.endswith("RGB")] == [
         f"  5 of {w}x{h} RGB" for w, h in SIZES[:5]]
     assert [line for line in lines if "more" in line] == [
         "  and 1 more sizes; smallest 10x10, median 50x3, largest 9x20"][:kinds - 5]
@@ -256,7 +262,7 @@ def test_five_sizes_are_listed_and_of_more_three_by_area(kinds, capsys):
 
 
 def test_a_contact_sheet_begins_each_row_with_the_first_image_of_the_class(tmp_path):
-    images, path = toy_images(9, size=16), tmp_path / "new" / "sheet.png"
+    images, path = toy_images(9, size=16), tmp_path / "new" / "folder" / "sheet.png"
     data.contact_sheet(images, path, columns=4)
     data.contact_sheet(images, path, columns=3)  # the folder is there
     sheet = np.asarray(Image.open(path)).reshape(3, 16, 3, 16, 3).swapaxes(1, 2)  # class, column
