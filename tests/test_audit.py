@@ -2,10 +2,12 @@
 
 from checks import InputError
 
+import argparse
 import csv
 import io
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -68,6 +70,7 @@ def test_the_strip_of_the_scale_bar_makes_no_pair(fields):
     for image in marked:
         image[116:, 80:] = 0
     assert duplicates.near_duplicates(stack(marked), progress=False) == []
+    assert duplicates.grey(torch.zeros(2, 3, 100, 9, dtype=torch.uint8)).shape == (2, 88, 9)
 
 
 def test_registration_of_a_known_shift_in_either_sense(fields):
@@ -78,6 +81,63 @@ def test_registration_of_a_known_shift_in_either_sense(fields):
         shift, overlap, r = duplicates.register(a, b)
         assert shift == (rows, columns) and r > 0.999
         assert overlap == pytest.approx((96 - abs(rows)) * (96 - abs(columns)) / 96**2)
+
+
+@pytest.mark.parametrize(("told", "moved"), [
+    ((0, -3), (0, 7)), ((0, 7), (0, 7)), ((3, 0), (-7, 0)), ((-3, 2), (7, 2)), ((0, 0), (0, 0))])
+def test_a_shift_is_taken_in_either_sense_where_a_fair_share_overlaps(monkeypatch, told, moved):
+    """Axes wrap: a shift of 7 of 10 pixels looks like one of -3."""
+    monkeypatch.setattr(duplicates, "phase_cross_correlation",
+                        lambda a, b: (np.array(told, dtype=float), 0.0, 0.0))
+    monkeypatch.setattr(duplicates, "OVERLAP", 0.3 if 0 in moved else 0.24)
+    plane = np.random.default_rng(0).normal(size=(30, 30))
+    rows, columns = moved
+    a, b = plane[10:20, 10:20], plane[10 + rows:20 + rows, 10 + columns:20 + columns]
+    shift, overlap, r = duplicates.register(a, b)
+    assert shift == moved and r == pytest.approx(1)
+    assert overlap == (10 - abs(rows)) * (10 - abs(columns)) / 100
+    monkeypatch.setattr(duplicates, "OVERLAP", overlap + 0.01)
+    assert duplicates.register(a, b)[0] != moved or overlap == 1
+
+
+def test_a_picture_of_one_grey_correlates_with_nothing(monkeypatch):
+    monkeypatch.setattr(duplicates, "phase_cross_correlation",
+                        lambda a, b: (np.zeros(2), 0.0, 0.0))
+    flat, other = np.ones((6, 6)), np.tile([0.0, 2.0], (6, 3))  # the other's deviation is 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is divided by a deviation of 0
+        for a, b in ((flat, other), (other, flat), (flat, flat)):
+            assert duplicates.register(a, b) == ((0, 0), 0.0, -1.0)
+    assert duplicates.register(other, other) == ((0, 0), 1.0, pytest.approx(1))
+
+
+@pytest.mark.parametrize("block", [1, 2, 256])
+def test_every_pair_is_compared_whatever_the_block(fields, monkeypatch, block):
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    a, b = fields[0][:128, :128], fields[1][:128, :128]
+    found = duplicates.candidates(stack([a, b, a, b, b]), progress=False)
+    assert [pair[:2] for pair in found] == [(0, 2), (1, 3), (1, 4), (3, 4)]
+    assert all(peak == pytest.approx(1, abs=0.01) for _, _, peak in found)
+    (pair,) = duplicates.candidates(stack([a, a]), progress=False)
+    assert pair[:2] == (0, 1)
+    for more, kept in ((0, True), (1e-6, False)):  # the threshold itself is reached
+        monkeypatch.setattr(duplicates, "PEAK", pair[2] + more)
+        assert (duplicates.candidates(stack([a, a]), progress=False) == [pair]) == kept
+
+
+def test_a_pair_correlates_by_the_threshold_at_least(monkeypatch):
+    monkeypatch.setattr(duplicates, "candidates", lambda pixels, progress: [(0, 1, 0.5), (0, 2, 1)])
+    found = iter([((1, 2), 0.75, 0.6), ((0, 0), 1.0, 0.5999)])
+    monkeypatch.setattr(duplicates, "register", lambda a, b: next(found))
+    assert duplicates.near_duplicates(toy_images(3).pixels) == [
+        duplicates.Pair(0, 1, 0.5, (1, 2), 0.75, 0.6)]
+
+
+def test_faint_pictures_are_whitened_too():
+    pixels = torch.zeros(1, 3, 73, 64, dtype=torch.uint8)  # 64 rows without the scale bar's strip
+    pixels[0, 0, 32, 32] = 1
+    size = duplicates.spectra(pixels)[0, 8:56, 8:].abs()
+    assert size.numpy() == pytest.approx(np.ones((48, 25)), abs=1e-4)
 
 
 def test_spectra_are_of_pictures_that_fade_to_their_edges():
@@ -100,6 +160,45 @@ def test_groups_are_connected_components():
 
 
 # ---- probes -----------------------------------------------------------------------------------
+
+def square(pixel, n=1, size=50):
+    images = toy_images(n, size=size)
+    images.pixels[:] = torch.tensor(pixel, dtype=torch.uint8)[:, None, None]
+    return images
+
+
+@pytest.mark.parametrize(("size", "width"), [(50, 2), (12, 1)])
+def test_the_frame_is_4_percent_of_the_side_and_a_pixel_at_least(size, width):
+    images = square([10, 20, 30], size=size)
+    images.pixels[:, :, width:-width, width:-width] = 200
+    colour = [10, 20, 30]  # mean, no deviation, five quantiles
+    assert probes.frame(images)[0].tolist() == [*colour, 0, 0, 0, *colour * 5]
+    images.pixels[:, 0, width - 1, width:-width] = 11
+    assert probes.frame(images)[0, 0] > 10
+
+
+def test_a_header_is_eleven_numbers(tmp_path):
+    images = square([0, 0, 0], n=3)
+    images.root, images.paths = tmp_path, ["plain.png", "grey.jpg", "colour.jpg"]
+    tables, exif = [[2] * 64, [3] * 32 + [5] * 32], Image.Exif()
+    exif[0x010E] = "words"
+    Image.new("RGBA", (7, 5)).save(tmp_path / "plain.png")
+    Image.new("L", (8, 9)).save(tmp_path / "grey.jpg", qtables=tables[:1], dpi=(72, 96))
+    Image.new("RGB", (6, 4)).save(tmp_path / "colour.jpg", qtables=tables, progressive=True,
+                                  exif=exif, icc_profile=b"x" * 20)
+    sizes = [(tmp_path / path).stat().st_size for path in images.paths]
+    rows = probes.header(images).tolist()
+    assert rows[0] == [sizes[0], 7, 5, 4, 0, 0, 0, 0, 0, 0, 0]
+    assert rows[1] == [sizes[1], 8, 9, 1, 1, 2, 0, 0, 72, 0, 0]
+    assert rows[2][:8] == [sizes[2], 6, 4, 3, 2, 2, 4, 1]
+    assert rows[2][9] == len(exif.tobytes()) and rows[2][10] == 20
+
+
+def test_a_probe_is_scored_over_the_test_parts_of_all_folds():
+    x, labels = np.array([[0.0], [1], [0], [1], [1], [0]]), np.array([0, 1, 0, 1, 0, 1])
+    several = [{"train": np.array([0, 1]), "test": np.array(test)} for test in ([2, 3, 4], [5])]
+    assert probes.score(x, labels, several, "1-nn")["value"] == 2 / 4
+
 
 def toy_split(n):
     order = np.random.default_rng(0).permutation(n)
@@ -160,6 +259,19 @@ def test_mask_corner_paints_the_local_background_and_nothing_else():
     assert (image[:, 85:, 70:] == 5).all()  # the input survives
 
 
+def test_the_paint_is_the_median_of_the_brighter_half_of_one_pixel_around_at_least():
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    image[:, 3, 3] = 255  # the corner
+    image[:, 2, 2], image[:, 2, 3], image[:, 3, 2] = 50, 100, 200  # what is around it
+    assert interventions.mask_corner(image)[:, 3, 3].tolist() == [100] * 3
+    wide = torch.full((3, 4, 40), 10, dtype=torch.uint8)
+    wide[:, 0, 24:], wide[:, 1, 24:] = 90, 60  # the first row is within 4 pixels, too
+    assert interventions.mask_corner(wide)[0, 3, 39] == 60
+    tall = torch.full((3, 20, 2), 200, dtype=torch.uint8)
+    tall[:, 16, 1] = 10  # above the corner; its left is the first column
+    assert interventions.mask_corner(tall)[0, 19, 1] == 200
+
+
 def test_grey_world_gives_equal_channel_means():
     rng = torch.Generator().manual_seed(0)
     image = torch.randint(20, 100, (3, 40, 40), generator=rng).to(torch.uint8)
@@ -169,6 +281,20 @@ def test_grey_world_gives_equal_channel_means():
     dark = torch.zeros(3, 2, 2, dtype=torch.uint8)
     dark[0, 0, 0], dark[1:] = 200, 100  # red: mean 50, in scale 1⅔ times 200, which is no uint8
     assert interventions.grey_world(dark)[:, 0, 0].tolist() == [255, 83, 83]
+    assert interventions.grey_world(dark)[:, 0, 1].tolist() == [0, 83, 83]
+    dark[0] = torch.tensor([[1, 0], [1, 0]])  # hardly any red: 1 becomes 200.5 / 3 / 0.5
+    assert interventions.grey_world(dark)[0].tolist() == [[134, 0], [134, 0]]
+
+
+def test_interventions_have_an_order_and_older_names():
+    def chosen(*names):
+        return interventions.chosen(argparse.Namespace(remove=names))
+    assert chosen("colour", "scale-bar") == ["scale-bar", "colour"]
+    assert chosen("colour") == ["colour"] and chosen() == []
+    assert interventions.modern(["grey_world", "scale-bar"]) == ["colour", "scale-bar"]
+    assert interventions.modern(["mask_corner"]) == ["scale-bar"]
+    with pytest.raises(InputError, match="an intervention unknown here: mirror$"):
+        interventions.modern(["colour", "mirror"])
 
 
 def test_interventions_change_training_and_follow_the_model(tree, whole, tmp_path):
@@ -205,6 +331,7 @@ def test_audit_of_data_writes_all_of_it_and_the_trainer_takes_its_groups(doubled
     assert found["duplicates"]["identical_copies"] == 5
     assert found["duplicates"]["groups"] == 80 and found["duplicates"]["images"] == 85
     assert found["test_images_with_partner"]["grouped, these groups"]["partners"] == 0
+    assert found["majority_class"] == 45 / 85
     assert set(found["probes"]) == {
         "colour means", "colour statistics", "background only", "scale-bar corner only",
         "border frame only", "file size and header only"}
@@ -262,6 +389,21 @@ def test_the_corner_is_a_grey_thumbnail(fields):
     assert probes.corner(images).shape == (1, 128) and set(probes.corner(images)[0]) == {60.0}
 
 
+def test_everything_about_duplicates_is_counted(monkeypatch):
+    """Classes 0 1 0 1 0 1 0 1; 0 = 2 = 5 = 6, near 3 ~ 7, and 1 ~ 2 of two classes."""
+    pairs = [duplicates.Pair(i, j, 1.0, (0, 0), 1.0, 1.0) for i, j in ((0, 2), (3, 7), (1, 2))]
+    monkeypatch.setattr(duplicates, "near_duplicates", lambda pixels: pairs)
+    images = toy_images(8, classes=2)
+    images.digests = list("abacdaag")
+    groups, counts, near = duplicates.find_groups(images)
+    assert groups.tolist() == [0, 1, 0, 3, 4, 0, 0, 3]
+    assert counts == {
+        "images": 8, "identical_copies": 3, "identical_across_classes": 1, "near_pairs": 2,
+        "near_pairs_across_classes": 1, "groups": 4, "groups_of_several": 2, "images_in_them": 6,
+        "largest_group": 4}
+    assert near == pairs[1:]  # the first is no near pair: it is the same picture
+
+
 def test_matches_across_classes_are_counted_and_join_nothing(monkeypatch):
     pairs = [duplicates.Pair(i, j, 1.0, (0, 0), 1.0, 1.0) for i, j in ((0, 2), (0, 1), (3, 5))]
     monkeypatch.setattr(duplicates, "near_duplicates", lambda pixels: pairs)
@@ -270,15 +412,17 @@ def test_matches_across_classes_are_counted_and_join_nothing(monkeypatch):
     assert groups.tolist() == [0, 1, 0, 3, 4, 3] and len(near) == 3
 
 
-def test_leukaemias_called_benign_are_named(tmp_path):
-    tree = write_tree(tmp_path / "set", {"Benign": 24, "Early": 24})
+def test_leukaemias_called_benign_are_named(tmp_path, monkeypatch):
+    classes = ["Benign", "Early", "Pre", "Pro"]
+    tree = write_tree(tmp_path / "set", dict.fromkeys(classes, 20))
     run = train(tree, tmp_path / "run", "--rounds", 1)
     with open(run / "predictions.csv", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
-    test, kinds = [r for r in rows if r[2] == "test"], ("Benign", "Early")
-    for row in test:  # all wrong
-        row[3:] = [kinds[row[1] == "Benign"], *(("0.1", "0.9") if row[1] == "Benign" else
-                                                ("0.9", "0.1"))]
+    test = [r for r in rows if r[2] == "test"]
+    for row in test:  # all wrong: Benign and Early change places, and Pre and Pro
+        wrong = classes.index(row[1]) ^ 1
+        row[3:] = [classes[wrong], *(("0.7" if c == wrong else "0.1") for c in range(4))]
+    assert {"Early", "Pre"} <= {row[1] for row in test}
     with open(run / "predictions.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     audit.main(["run", str(run)])
@@ -286,3 +430,6 @@ def test_leukaemias_called_benign_are_named(tmp_path):
     assert found["called_benign"] == [r[0] for r in test if r[1] == "Early"]
     assert "none" not in audit.run_page(found) and "none" in audit.run_page(
         found | {"called_benign": []})
+    monkeypatch.setattr(audit, "CLASSES", ("Benign", "Early"))  # others may be no leukaemias
+    audit.main(["run", str(run), "--out", str(tmp_path / "other")])
+    assert json.loads((tmp_path / "other" / "audit.json").read_text())["called_benign"] == []

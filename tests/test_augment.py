@@ -77,6 +77,10 @@ def test_draws_are_per_image_in_range_and_repeat():
             assert len(values.unique()) > 490  # one draw an image, not one a batch
     assert 0.4 < drawn["flip"].mean() < 0.6
     assert not draw_parameters(9, Augmentation(), torch.Generator())["shift_x"].any()
+    # one says nothing of another: correlations of independent draws are below 5 / √500
+    assert (torch.corrcoef(torch.stack(list(drawn.values()))) - torch.eye(8)).abs().max() < 0.22
+    with pytest.raises(AttributeError):
+        RANGES.rotation = 90.0
 
 
 def test_augment_changes_each_image_its_own_way_and_keeps_its_input():

@@ -126,13 +126,15 @@ def test_batches_keep_channels_last_and_a_client_trains_alike_from_either_memory
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("free", "stays"), [(200, False), (199, True)])
-def test_pixels_go_to_a_gpu_if_they_take_half_of_its_free_memory_at_most(monkeypatch, free, stays):
+@pytest.mark.parametrize(("free", "stays"), [(2**32, False), (2**32 - 1, True)])
+def test_pixels_go_to_a_gpu_if_they_take_half_of_its_free_memory_at_most(monkeypatch, capsys, free,
+                                                                         stays):
     images, gpu = toy_images(2), torch.device("cuda", 0)
-    images.pixels = SimpleNamespace(numel=lambda: 100, to=lambda device: device)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 400))
+    images.pixels = SimpleNamespace(numel=lambda: 2**31, to=lambda device: device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**33))
     data.keep_on(images, gpu)
     assert (images.pixels != gpu) == stays
+    assert ("the pixels (2.0 GiB) stay in main memory" in capsys.readouterr().err) == stays
 
 
 @needs_gpu

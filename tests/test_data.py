@@ -3,6 +3,7 @@
 from checks import InputError
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from helpers import CPU, script, toy_images, write_tree
 from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.models import ResNet18_Weights
 
 import data
-from dataset import synthetic
+from dataset import parts, synthetic
 from dataset.augment import Augmentation
 from dataset.files import CLASSES, decode
 
@@ -131,6 +133,23 @@ def test_pixel_scaling_of_black_and_white():
         assert batch[0, c].unique().item() == pytest.approx(-mean / std, abs=1e-6)
         assert batch[1, c].unique().item() == pytest.approx((1 - mean) / std, abs=1e-6)
     assert batch.is_contiguous(memory_format=torch.channels_last)
+    usual = ResNet18_Weights.IMAGENET1K_V1.transforms()
+    assert ([*data.IMAGENET_MEAN], [*data.IMAGENET_STD]) == (usual.mean, usual.std)
+    with torch.inference_mode():
+        assert not any(x.is_inference() for x in data.imagenet.__wrapped__(CPU))
+
+
+def test_a_batch_is_made_on_the_device_that_is_asked_for(monkeypatch):
+    images, index, meta = toy_images(3), torch.tensor([2, 0]), torch.device("meta")
+    assert data.gather(images, index, meta).device == meta
+    batch, rows = data.train_batch(images, index, None, torch.Generator(), meta)
+    assert batch.device == rows.device == meta and images.pixels.device == CPU
+    gather, seen = data.gather, []  # it takes indices on the device of the pixels
+    monkeypatch.setattr(data, "gather", lambda *a: seen.append(a[1].device) or gather(*a))
+    data.train_batch(images, index, None, torch.Generator(), meta)
+    images.pixels = images.pixels.to(meta)
+    data.train_batch(images, index, None, torch.Generator(), meta)
+    assert seen == [CPU, meta]
 
 
 def test_validation_is_never_augmented_and_the_source_survives():
@@ -167,6 +186,8 @@ def test_samplers():
     assert 0.07 < np.mean(natural) < 0.13 and 0.45 < np.mean(drawn) < 0.55
     for sampler in data.SAMPLERS:
         assert len(order(sampler, expand=3)) == 300
+    first = torch.arange(100) % 20 < 10  # of each batch
+    assert torch.equal(order("dual"), torch.where(first, order("shuffle"), order("balanced")))
 
 
 def test_last_batch_of_one_is_dropped():
@@ -187,6 +208,15 @@ def test_synthetic_set_is_fixed_and_uneven():
     assert len({p.tobytes() for p in pixels}) == 320
 
 
+def test_colours_beyond_black_and_white_are_cut_off(monkeypatch):
+    for stain, end in ((-1000, 0), (1000, 255)):
+        monkeypatch.setitem(synthetic.SHAPES, "Pro", synthetic.SHAPES["Pro"] | {
+            "stain": (stain,) * 3, "contrast": 0})
+        picture = synthetic.draw_one("Pro", 24, np.random.default_rng(0))
+        assert (picture == end).all(2).sum() > 40  # a nucleus
+        assert not (picture == 255 - end).any()
+
+
 def test_describe_names_what_it_finds(tmp_path):
     write_tree(tmp_path / "set", {"x": 30, "y": 30})
     (tmp_path / "set" / "x" / "bad.png").write_text("no picture")
@@ -198,6 +228,49 @@ def test_describe_names_what_it_finds(tmp_path):
     assert "unreadable: x/bad.png" in done.stdout and "1 copies of another" in done.stdout
     assert "client 1" in done.stdout and re.search("fingerprint [0-9a-f]{16}\n", done.stdout)
     assert Image.open(tmp_path / "sheet.png").size == (8 * 224, 2 * 224)
+
+
+def flags(*given):
+    parser = data.make_parser("x")
+    data.add_arguments(parser)
+    parts.add_client_arguments(parser)
+    return parser.parse_args(given)
+
+
+def test_images_are_of_224_pixels_unless_said_and_of_8_at_least():
+    assert flags().image_size == 224 and flags("--image-size", "8").image_size == 8
+    assert flags().remove == [] and not flags().skip_bad
+    with pytest.raises(SystemExit):
+        flags("--image-size", "7")
+
+
+SIZES = [(10, 10), (9, 20), (50, 3), (30, 4), (13, 13), (12, 11)]  # by area: 1 6 4 2 5 3
+
+
+@pytest.mark.parametrize("kinds", [5, 6])
+def test_five_sizes_are_listed_and_of_more_three_by_area(kinds, capsys):
+    images = toy_images(30)
+    images.found = Counter({(*size, "RGB"): 5 for size in SIZES[:kinds]})
+    data.describe(flags(), images)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith("RGB")] == [
+        f"  5 of {w}x{h} RGB" for w, h in SIZES[:5]]
+    assert [line for line in lines if "more" in line] == [
+        "  and 1 more sizes; smallest 10x10, median 50x3, largest 9x20"][:kinds - 5]
+    assert "part          images  c0  c1  c2" in lines
+    assert "all               30  10  10  10" in lines
+
+
+def test_a_contact_sheet_begins_each_row_with_the_first_image_of_the_class(tmp_path):
+    images, path = toy_images(9, size=16), tmp_path / "new" / "folder" / "sheet.png"
+    data.contact_sheet(images, path, columns=4)
+    data.contact_sheet(images, path, columns=3)  # the folder is there
+    sheet = np.asarray(Image.open(path)).reshape(3, 16, 3, 16, 3).swapaxes(1, 2)  # class, column
+    assert np.array_equal(sheet[:, 0], images.array()[:3])
+    for row in sheet.astype(int):
+        mirrored = [[np.abs(row[0] - x).mean(), np.abs(row[0][:, ::-1] - x).mean()] for x in row]
+        assert mirrored[0][0] == 0 and min(map(min, mirrored[1:])) > 1  # a draw of its own each
+        assert np.abs(row[1] - row[2]).mean() > 1
 
 
 def test_unreadable_files_are_all_named_at_once(tmp_path):

@@ -187,6 +187,9 @@ def test_the_background_is_bright_to_the_eye():
     pixels = torch.zeros(3, 2, 2, dtype=torch.uint8)
     pixels[0, 0, 0], pixels[1, 0, 1] = 255, 150
     assert interventions.background(pixels).tolist() == [[False, True], [False, False]]
+    pixels[0, 0, 0], pixels[1, 0, 1], pixels[2, 1, 0] = 100, 50, 255  # 29.9, 29.35 and 29.07
+    assert interventions.background(pixels).tolist() == [[True, False], [False, False]]
+    assert interventions.background(torch.full((3, 2, 2), 7)).all()  # ties are in it
 
 
 def test_the_first_benign_and_the_first_malignant_image_are_shown(monkeypatch, tmp_path):

@@ -89,6 +89,13 @@ def test_too_large_images_say_what_memory_they_need(tree, monkeypatch):
         train_federated.main(["--image-size", "10000000"])
 
 
+def test_images_that_fill_the_memory_exactly_are_taken(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**30, "SC_PHYS_PAGES": 3}.get)
+    data.check_memory(4, 2**14)  # 4 images x 3 bytes x 2^28 pixels: 3 GiB
+    with pytest.raises(InputError, match="5 images .* are 4 GiB of memory.* machine has 3 "):
+        data.check_memory(5, 2**14)
+
+
 @pytest.mark.parametrize("error,words", [
     (MemoryError("Unable to allocate 8 GiB"), "not enough memory (Unable to allocate 8 GiB); a"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory (Default"),

@@ -57,6 +57,7 @@ def test_curves_are_means_over_folds_and_skip_what_is_undefined(axes):
     assert set(band[band[:, 0] == 2, 1]) == {1}  # of one fold there is no deviation
     assert (loss.get_xlabel(), loss.get_ylabel(), accuracy.get_ylabel()) == (
         "epoch", "loss", "accuracy")
+    assert not (loss.get_xticks() % 1).any()  # there is no half an epoch
     assert legend(loss) == [train, val, "best epoch"] and accuracy.get_legend() is None
     one, _ = axes(figures.plot_curves, folds[1:], unit="epoch")
     assert list(lines(one)) == ["training (augmented batches)", "validation"]
@@ -72,6 +73,8 @@ def test_confusion_is_counts_shaded_by_the_share_of_the_true_class(axes):
     assert ticks(axis, "x") == ticks(axis, "y") == list("abc")
     assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_title()) == (
         "predicted", "true", "title")
+    (axis,) = axes(figures.plot_confusion, [[0, 1], [0, 2]], list("ab"), "title")
+    assert axis.images[0].get_array().tolist() == [[0, 1], [0, 1]]  # of one image, too
 
 
 def test_roc_has_a_curve_for_each_class_that_is_there(axes):
@@ -114,13 +117,14 @@ def test_split_seeds_are_a_histogram_with_seed_42_marked(axes):
 
 
 def test_reliability_is_accuracy_over_confidence_in_ten_bins(axes):
-    p = np.array([[1.0, 0.0], [0.95, 0.05], [0.65, 0.35], [0.39, 0.61]])
-    (axis,) = axes(figures.plot_reliability, p, np.array([0, 1, 0, 0]))
+    p = np.array([[1.0, 0.0], [0.95, 0.05], [0.65, 0.35], [0.39, 0.61], [0.85, 0.15]])
+    (axis,) = axes(figures.plot_reliability, p, np.array([0, 0, 0, 0, 1]))
     dots = axis.collections[0]
-    assert dots.get_offsets().tolist() == [[pytest.approx(0.63), 0.5], [pytest.approx(0.975), 0.5]]
-    assert dots.get_sizes().tolist() == [120, 120]  # a marker's area grows with its images
+    assert np.array(dots.get_offsets()) == pytest.approx(
+        np.array([[0.63, 0.5], [0.85, 0], [0.975, 1]]))
+    assert dots.get_sizes().tolist() == [100, 60, 100]  # a marker's area grows with its images
     assert axis.lines[0].get_xydata().tolist() == [[0, 0], [1, 1]]
-    assert axis.get_title() == "n = 4" and axis.get_xlim() == axis.get_ylim() == (0, 1.02)
+    assert axis.get_title() == "n = 5" and axis.get_xlim() == axis.get_ylim() == (0, 1.02)
 
 
 def test_clients_are_bars_of_their_classes_ending_in_their_colour(axes):
@@ -182,6 +186,11 @@ def test_lime_shows_the_heaviest_superpixels_for_and_against(axes):
     _, positive, negative, _ = axes(figures.plot_lime, [(one, 1, segments, np.zeros(8))],
                                     ["p", "q"])
     assert not positive.collections and not negative.collections
+    weights = np.arange(8) + 1.0  # all for the class: the five heaviest are shown
+    _, positive, negative, _ = axes(figures.plot_lime, [(one, 1, segments, weights)], ["p", "q"])
+    assert np.array_equal(positive.images[0].get_array(), np.where(
+        segments[..., None] > 2, shown, shown // 4))
+    assert not negative.collections
 
 
 def test_pages_hold_eight_rows_each(monkeypatch, tmp_path):
@@ -195,6 +204,16 @@ def test_pages_hold_eight_rows_each(monkeypatch, tmp_path):
     assert pages == [("cam-1.png", list("01234567")), ("cam-2.png", ["8"])]
 
 
+def test_rightly_predicted_images_are_shown_before_wrong_ones(monkeypatch, tmp_path):
+    shown, found = [], {"maps": {}, "segments": 0, "lime": [{0: 0, 1: 0}]}
+    monkeypatch.setattr(figures, "plot_lime", lambda entries, classes, path: shown.extend(
+        s.path for s, *_ in entries))
+    subjects = [subject("wrong", [0.9, 0.1], 1), subject("right", [0.2, 0.8], 1),
+                subject("later", [0.1, 0.9], 1), subject("wrong, but alone", [0.3, 0.7], 0)]
+    figures.write(tmp_path, subjects, [found] * 4, ["Benign", "Early"], ())
+    assert shown == ["right", "wrong, but alone"]
+
+
 def test_near_duplicates_are_shown_from_the_weakest_pair_on(axes):
     images = toy_images(8)
     pairs = [Pair(i, i + 1, 1.0, (i, 0), 0.5, 1 - i / 10) for i in range(5)]
@@ -204,6 +223,7 @@ def test_near_duplicates_are_shown_from_the_weakest_pair_on(axes):
         "c2/002.png\nc0/003.png\noverlap 0.50, r 0.80, shift (2, 0)"]
     assert np.array_equal(found[1].images[0].get_array(), images.pixels[5].permute(1, 2, 0))
     assert len(axes(figures.plot_pairs, images, [])) == 2  # no pair: an empty row
+    assert len(axes(figures.plot_pairs, images, pairs * 2)) == 2 * 6  # six rows at most
 
 
 def test_interventions_are_shown_on_the_first_image_of_each_class(axes):
