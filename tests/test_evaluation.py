@@ -1,0 +1,63 @@
+"""Selection, schedule and stopping as functions of the history, and the tally that they rest on."""
+
+import checks  # noqa: F401 - before torch
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import plain_net, toy_images
+
+import data
+from training import evaluation
+
+
+def losses(*values):
+    return [{"val_loss": value} for value in values]
+
+
+def test_validation_is_a_mean_over_images():
+    assert evaluation.validation([4, 3, 2.0]) == {"val_loss": 0.5, "val_accuracy": 0.75}
+    assert evaluation.validation([0, 0, 0.0]) == {"val_loss": None, "val_accuracy": None}
+
+
+def test_a_tally_is_the_number_the_hits_and_the_sum_of_losses():
+    images, model = toy_images(9), plain_net()
+    split = {"val": np.array([1, 4, 5, 8]), "test": np.array([0])}
+    with torch.no_grad():
+        logits = model.eval()(data.eval_batch(images, torch.arange(9), torch.device("cpu")))
+    p = logits.double().softmax(1)[split["val"], images.labels[split["val"]]]
+    n, hits, loss = evaluation.Evaluation(model, images, split).tally("val", model.state_dict())
+    assert (n, hits) == (4, int((logits.argmax(1) == images.labels)[split["val"]].sum()))
+    assert loss == pytest.approx(float(-p.log().sum()), rel=1e-6)
+
+
+def test_the_best_round_has_the_lowest_defined_loss():
+    assert evaluation.best_index(losses(3, 1, 2)) == 1
+    assert evaluation.best_index(losses(3, 1, 1)) == 1  # the earliest of equals
+    assert evaluation.best_index(losses(None, 5, None)) == 1
+    assert evaluation.best_index(losses(None, None)) == 1  # where none is defined, the last
+    assert evaluation.val_losses(losses(1, None)) == [1, math.inf]
+
+
+@pytest.mark.parametrize(("history", "patience", "stale"), [
+    ((), 1, False), ((1,), 1, False), ((1, 2), 1, True), ((1, 2), 2, False), ((1, 2, 2), 2, True),
+    ((2, 1, 2), 2, False), ((1, 2, 2, 2), 0, False), ((1, 1), 1, True)])
+def test_training_stops_after_so_many_validations_that_were_not_better(history, patience, stale):
+    assert evaluation.is_stale(losses(*history), patience) == stale
+
+
+def test_the_rate_falls_after_more_than_patience_bad_rounds_and_no_lower_than_its_least():
+    def rate(*history, **more):
+        return evaluation.plateau_lr(losses(*history), 1.0, **({"patience": 1} | more))
+    assert rate(1, 1) == 1 and rate(1, 1, 1) == 0.2
+    assert rate(1, 1, 1, 1) == 0.2 and rate(1, 1, 1, 1, 1) == pytest.approx(0.04)
+    assert rate(1, 1 - 1e-5, 1 - 1e-5) == 0.2  # better by less than a ten-thousandth is not better
+    assert rate(1, 0.5, 0.5) == 1 and rate(1, 1, 1, min_lr=0.5) == 0.5
+    assert evaluation.plateau_lr(losses(1, 1, 1), 1e-7, 1) == 1e-7  # never raised
+
+
+def test_figures_that_are_not_finite_are_null():
+    assert evaluation.without_nan({"a": float("nan"), "b": float("inf"), "c": 1.5, "d": 3,
+                                   "e": "x"}) == {"a": None, "b": None, "c": 1.5, "d": 3, "e": "x"}
