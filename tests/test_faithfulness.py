@@ -123,6 +123,8 @@ def test_shares_inside_a_region():
     assert ff.share_inside(values, corner) == 0.75
     assert ff.share_inside(np.zeros((10, 20)), corner) is None
     assert ff.rectangle((10, 20), (0, 0, 1, 1)).all()
+    edges = ff.rectangle((10, 10), (0.05, 0.05, 0.95, 0.95))  # first and last pixel's centre
+    assert edges[:9, :9].all() and edges.sum() == 81
 
 
 def test_the_background_is_the_brightest_quarter():

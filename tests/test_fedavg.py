@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import CPU, PLAIN, BNNet, average, clone, equal, plain_net, run_round, toy_images
 from torch import nn
 
@@ -195,6 +196,18 @@ def test_number_of_optimizer_steps(n, batch, epochs, expand, steps):
     assert record["steps"] == steps
     assert record["images"] == epochs * n * expand - dropped
     assert record["num_examples"] == n
+
+
+def test_loss_and_accuracy_of_a_client_are_means_over_the_images_seen():
+    """Two steps of a rate of 0 on 4 and 2 images: the start's own loss on the six."""
+    images, model = toy_images(6), plain_net()
+    recipe = replace(PLAIN, batch_size=4, lr=0.0, local_epochs=1)
+    logits = model(data.eval_batch(images, torch.arange(6), CPU)).detach()
+    record = fedavg.train_client(model, clone(model.state_dict()), images, np.arange(6), recipe,
+                                 (0, 1, 0)).record
+    expected = F.cross_entropy(logits, images.labels).item()
+    assert record["loss"] == pytest.approx(expected, rel=1e-5) and record["steps"] == 2
+    assert record["accuracy"] == (logits.argmax(1) == images.labels).double().mean().item()
 
 
 def test_client_of_one_image_is_refused_under_batchnorm_and_trains_without():
