@@ -152,7 +152,7 @@ def test_refuses_in_words_where_the_test_images_differ(tmp_path, capsys):
 def test_of_patients_that_are_known_there_is_an_interval_and_no_mcnemar_test(tmp_path, capsys):
     a, b = make_run(tmp_path / "a", set()), make_run(tmp_path / "b", set(range(12)), lr=0.2)
     (b / "split.csv").write_text("path,label,split,client,patient\n" + "".join(
-        f"{i:03d}.png,Early,test,,P{max(i, 1):02d}\n" for i in range(40)))  # the first have two images
+        f"{i:03d}.png,Early,test,,P{max(i, 1):02d}\n" for i in range(40)))  # the first has two
     text, found = run(capsys, tmp_path, a, b)
     (t,) = found["tests"]
     assert (t["n"], t["unit"], t["units"], t["mcnemar"]) == (40, "patient", 39, [])
