@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import BASE, script
+from matplotlib.colors import to_rgb
 
 import compare
 from reporting import figures, metrics, paired
@@ -247,9 +248,9 @@ def test_the_curves_of_a_group_have_one_colour_and_one_entry_in_the_legend(tmp_p
     assert [line.get_xydata().tolist() for line in accuracy.lines] == [
         [[10, 0.5], [20, 0.0]], [[10, 0.5], [20, 0.25]], [[10, 0.5], [20, 0.5]]]
     assert [line.get_ydata().tolist() for line in loss.lines] == [[1, 0.5], [2, 0.5], [3, 0.5]]
-    colours = [line.get_color() for line in accuracy.lines]
+    colours = [to_rgb(line.get_color()) for line in accuracy.lines]
     assert colours[0] == colours[1] != colours[2]
-    assert colours == [line.get_color() for line in loss.lines]
+    assert colours == [to_rgb(line.get_color()) for line in loss.lines]
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["a", "b"]
     assert [axis.get_ylabel() for axis in (accuracy, loss)] == [
         "validation accuracy", "validation loss"]

@@ -206,6 +206,29 @@ def test_bootstrap_intervals_repeat_hold_the_value_and_match_a_plain_loop(monkey
         assert short[key]["high"] == pytest.approx(high, abs=1e-9)
 
 
+def test_percentiles_leave_out_one_in_forty_on_either_side_and_what_is_undefined():
+    values = np.append(np.arange(1001.0), [np.nan, np.inf])
+    assert metrics.percentiles(values) == {"low": 25, "high": 975}  # 2.5 % on each side
+    assert metrics.percentiles(np.array([0.5])) == {"low": 0.5, "high": 0.5}
+    assert metrics.percentiles(np.array([np.nan])) == {"low": None, "high": None}
+
+
+def test_counts_alone_give_all_figures_but_those_of_probabilities():
+    labels, predicted = expand(np.array([[9, 2, 1, 0], [3, 8, 0, 2], [1, 1, 9, 0], [0, 2, 0, 7]]))
+    confusion = metrics.confusion_matrix(labels, predicted)
+    found = metrics.measure_counts(confusion, 90.0, NAMES)
+    whole = metrics.measure(9.0 * np.eye(4)[predicted], labels, NAMES)
+    assert (found["n"], found["loss"]) == (45, 2.0)
+    unknown = {"ece": None, "brier": None, "roc_auc": None, "loss": 2.0}
+    for name in NAMES:
+        whole["per_class"][name]["auc"] = None
+    whole["intervals"]["roc_auc"] = {"low": None, "high": None}
+    for key in ("macro_f1", "kappa"):
+        a, b = (m["intervals"].pop(key) for m in (found, whole))
+        assert b["low"] < whole[key] < b["high"] and a["low"] < found[key] < a["high"]
+    assert found == whole | unknown
+
+
 def test_a_resample_counts_whole_patients_and_the_classes_that_it_has():
     """A thousand resamples of 40 patients of one to four images; one image of the third class,
     which is also predicted for another: it is absent from many."""
@@ -312,6 +335,7 @@ def test_newcombe_gives_the_published_interval_and_has_a_width():
 def test_mean_and_sample_standard_deviation():
     m = metrics.mean_sd([0.9, None, {"value": 0.8, "low": 0, "high": 1}, 0.7])
     assert m == {"n": 3, "mean": pytest.approx(0.8), "sd": pytest.approx(0.1)}
+    assert metrics.mean_sd([0.5, 0.7])["sd"] == pytest.approx(0.2 / 2**0.5)
     assert metrics.mean_sd([0.5]) == {"n": 1, "mean": 0.5, "sd": None}
     assert metrics.mean_sd([None]) == {"n": 0, "mean": None, "sd": None}
 

@@ -164,7 +164,7 @@ def test_deviation_bounds_any_change_of_a_probability():
         return inference.Trained(net.eval(), "x", list("abcd"), 8, CPU)
     a, b = constant(0, 0, 0, 0), constant(1, -1, 0, 0)
     assert inference.deviation(a, b) == pytest.approx(0.5)
-    assert inference.deviation(a, a) == 0
+    assert inference.deviation(a, a) == inference.deviation(b, b) == 0
     rng = np.random.default_rng(0)
     starts = torch.tensor(rng.normal(0, 3, (1000, 4)))
     moved = (starts.softmax(1) - (starts + torch.tensor([1, -1, 0, 0])).softmax(1)).abs().max()
