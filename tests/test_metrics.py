@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from helpers import toy_images
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as sk
 
+from dataset.images import colour_statistics
 from reporting import baselines, metrics, paired
 
 NAMES = ["Benign", "Early", "Pre", "Pro"]
@@ -121,6 +123,32 @@ def test_one_class_only_and_one_image():
     assert metrics.measure(np.array([[2.0, 0.0]]), np.array([1]), ["a", "b"])["malignant"] is None
 
 
+def test_a_class_of_a_single_image_has_an_auc():
+    logits = np.log(np.array([[0.5, 0.4, 0.1], [0.6, 0.3, 0.1], [0.5, 0.35, 0.15], [0.2, 0, 0.8]])
+                    + 1e-9)
+    m = metrics.measure(logits, np.array([0, 0, 1, 2]), ["a", "b", "c"])
+    assert [m["per_class"][name]["auc"] for name in "abc"] == pytest.approx(
+        [3.5 / 4, 2 / 3, 1])  # a tie is a half
+    assert m["roc_auc"] == pytest.approx((3.5 / 4 + 2 / 3 + 1) / 3)
+
+
+def test_malignant_against_benign_by_patient_counts_malignant_images_called_benign():
+    """Two of three malignant images are found, though one of them as the wrong kind; one of two
+    benign ones is called malignant."""
+    labels, predicted = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 2, 0, 2])
+    members = np.array([4, 5, 4, 6, 7])
+    found = metrics.by_unit(labels, np.eye(3)[predicted], members, "patient",
+                            ["Benign", "Early", "Pre"])
+    assert found["n"] == 4 and found["reason"].startswith("no interval: 3 of 4 patients hold")
+    assert found["accuracy"] == metrics.clustered(np.array([1, 0, 0, 0, 1], bool), members)
+    assert found["malignant"] == {
+        "sensitivity": metrics.clustered(np.array([1, 0, 1], bool), members[2:]),
+        "specificity": metrics.clustered(np.array([1, 0], bool), members[:2])}
+    assert [x["value"] for x in found["malignant"].values()] == [2 / 3, 1 / 2]
+    assert metrics.by_unit(labels, np.eye(3)[predicted], members, "patient", list("abc"))[
+        "malignant"] is None
+
+
 def test_non_finite_logits_give_null_not_a_crash():
     m = metrics.measure(np.full((6, 2), np.nan), np.arange(6) % 2, ["a", "b"])
     assert m["loss"] is None and m["roc_auc"] is None and m["brier"] is None
@@ -132,6 +160,16 @@ def test_calibration_error_by_hand():
     labels = np.array([0, 1, 0])
     assert metrics.calibration_error(p, labels) == pytest.approx((abs(1 - 1.8) + 0.4) / 3)
     assert metrics.calibration_error(np.eye(2), np.array([1, 0])) == 1  # sure, and wrong
+
+
+@pytest.mark.parametrize(("confidence", "right", "error"), [
+    ((0.67, 0.73), (0, 1), abs(1 - 1.4)),  # both between 10/15 and 11/15: they cancel
+    ((0.73, 0.74), (0, 1), 0.73 + 0.26), ((0.66, 0.67), (0, 1), 0.66 + 0.33),  # at both edges
+    ((0.92, 0.95), (0, 1), 0.92 + 0.05),  # the last begins at 14/15
+    ((0.95, 1.0), (0, 1), abs(1 - 1.95))])  # and has its upper edge
+def test_calibration_is_judged_in_fifteen_bins_of_equal_width(confidence, right, error):
+    p = np.array([[c, 1 - c] for c in confidence])
+    assert metrics.calibration_error(p, 1 - np.array(right)) == pytest.approx(error / 2)
 
 
 def test_resampled_auc_equals_scikit_learn_with_ties():
@@ -168,6 +206,54 @@ def test_bootstrap_intervals_repeat_hold_the_value_and_match_a_plain_loop(monkey
         assert short[key]["high"] == pytest.approx(high, abs=1e-9)
 
 
+def test_percentiles_leave_out_one_in_forty_on_either_side_and_what_is_undefined():
+    values = np.append(np.arange(1001.0), [np.nan, np.inf])
+    assert metrics.percentiles(values) == {"low": 25, "high": 975}  # 2.5 % on each side
+    assert metrics.percentiles(np.array([0.5])) == {"low": 0.5, "high": 0.5}
+    assert metrics.percentiles(np.array([np.nan])) == {"low": None, "high": None}
+
+
+def test_counts_alone_give_all_figures_but_those_of_probabilities():
+    labels, predicted = expand(np.array([[9, 2, 1, 0], [3, 8, 0, 2], [1, 1, 9, 0], [0, 2, 0, 7]]))
+    confusion = metrics.confusion_matrix(labels, predicted)
+    found = metrics.measure_counts(confusion, 90.0, NAMES)
+    whole = metrics.measure(9.0 * np.eye(4)[predicted], labels, NAMES)
+    assert (found["n"], found["loss"]) == (45, 2.0)
+    unknown = {"ece": None, "brier": None, "roc_auc": None, "loss": 2.0}
+    for name in NAMES:
+        whole["per_class"][name]["auc"] = None
+    whole["intervals"]["roc_auc"] = {"low": None, "high": None}
+    for key in ("macro_f1", "kappa"):
+        a, b = (m["intervals"].pop(key) for m in (found, whole))
+        assert b["low"] < whole[key] < b["high"] and a["low"] < found[key] < a["high"]
+    assert found == whole | unknown
+
+
+def test_a_resample_counts_whole_patients_and_the_classes_that_it_has():
+    """A thousand resamples of 40 patients of one to four images; one image of the third class,
+    which is also predicted for another: it is absent from many."""
+    members = np.repeat(np.arange(40), np.arange(40) % 4 + 1)
+    labels, rng = np.arange(100) % 2, np.random.default_rng(1)
+    predicted = np.where(rng.random(100) < 0.7, labels, 1 - labels)
+    labels[50] = predicted[50] = predicted[7] = 2
+    p = 0.7 * np.eye(3)[predicted] + 0.1 * (1 + rng.random((100, 1)))
+    counts = np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), 1000)[:, members]
+    f1, kappa = [], []
+    for row in counts:
+        confusion = np.bincount(3 * labels + predicted, row, 9).reshape(3, 3)
+        rows, columns, n = confusion.sum(1), confusion.sum(0), row.sum()
+        present = rows > 0
+        f1.append((2 * np.diag(confusion) / np.maximum(rows + columns, 1))[present].mean())
+        chance = rows @ columns / n**2
+        kappa.append((np.trace(confusion) / n - chance) / (1 - chance))
+    auc = np.nanmean([metrics.resampled_auc(counts, labels == c, p[:, c]) for c in range(3)], 0)
+    assert (counts[:, 50] == 0).any() and counts[:, 50].any()
+    found = metrics.bootstrap(labels, predicted, p, 3, members, "patient")
+    assert found["reason"] is None
+    for key, values in (("macro_f1", f1), ("kappa", kappa), ("roc_auc", auc)):
+        assert list(found[key].values()) == pytest.approx(np.percentile(values, (2.5, 97.5)))
+
+
 def test_log_softmax_is_the_one_used():
     logits, labels = noisy(50)
     expected = -log_softmax(logits, 1)[np.arange(50), labels].mean()
@@ -199,6 +285,37 @@ def test_paired_difference_is_that_of_resampled_pairs():
                                  "needs 10 of at least 30")
 
 
+def test_a_difference_by_patient_is_the_bootstrap_over_ten_thousand_draws_of_them():
+    """Patients of one to four images; the mean is over the images that were drawn."""
+    members = np.repeat(np.arange(40), np.arange(40) % 4 + 1)
+    a, b = np.arange(100) % 4 > 0, np.arange(100) % 3 > 0
+    counts = np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), 10_000)[:, members]
+    low, high = np.percentile(counts @ (a * 1.0 - b) / counts.sum(1), (2.5, 97.5))
+    d = paired.paired_difference(a, b, members, "patient")
+    assert d["value"] == pytest.approx(0.75 - 0.66) and d["reason"] is None
+    assert (d["low"], d["high"]) == pytest.approx((low, high))
+    other = paired.paired_difference(a, b, members, "patient", seed=1)
+    assert other["value"] == d["value"] and other["low"] != d["low"]
+    for discordant, reason in ((10, False), (9, True)):
+        c = a.copy()
+        c[np.flatnonzero(np.diff(members, prepend=-1))[:discordant]] ^= True  # an image of each
+        assert (paired.paired_difference(a, c, members, "x")["reason"] is not None) == reason
+
+
+def test_newcombe_without_correlation_adds_the_squares():
+    """No correlation where the product less the correction of continuity is nothing, and where
+    one of the two is always right or never."""
+    for both, a_only, b_only, neither in ((4, 1, 1, 1), (1, 0, 0, 1), (0, 5, 0, 0), (3, 4, 0, 0)):
+        n = both + a_only + b_only + neither
+        one, two = metrics.wilson(both + a_only, n), metrics.wilson(both + b_only, n)
+        d = paired.newcombe(both, a_only, b_only, neither)
+        assert d["reason"] is None and d["value"] == (a_only - b_only) / n
+        assert d["low"] == pytest.approx(d["value"] - np.hypot(
+            one["value"] - one["low"], two["high"] - two["value"]))
+        assert d["high"] == pytest.approx(d["value"] + np.hypot(
+            one["high"] - one["value"], two["value"] - two["low"]))
+
+
 def test_newcombe_gives_the_published_interval_and_has_a_width():
     """Newcombe 1998, table II: the pairs 36, 12, 2, 0 (method 10: 0.0569 to 0.3404)."""
     d = paired.newcombe(36, 12, 2, 0)
@@ -218,10 +335,62 @@ def test_newcombe_gives_the_published_interval_and_has_a_width():
 def test_mean_and_sample_standard_deviation():
     m = metrics.mean_sd([0.9, None, {"value": 0.8, "low": 0, "high": 1}, 0.7])
     assert m == {"n": 3, "mean": pytest.approx(0.8), "sd": pytest.approx(0.1)}
+    assert metrics.mean_sd([0.5, 0.7])["sd"] == pytest.approx(0.2 / 2**0.5)
     assert metrics.mean_sd([0.5]) == {"n": 1, "mean": 0.5, "sd": None}
     assert metrics.mean_sd([None]) == {"n": 0, "mean": None, "sd": None}
 
 
+class Constant:
+    """A classifier that says 0, and notes what it was fitted on."""
+
+    def __init__(self, fitted):
+        self.fitted = fitted
+
+    def fit(self, x, y):
+        self.fitted.append((x.ravel().tolist(), y.tolist()))
+        return self
+
+    def predict(self, x):
+        return np.zeros(len(x), int)
+
+
+def test_colour_is_fitted_on_the_training_part_or_on_a_sample_of_ten_thousand(monkeypatch, capsys):
+    images, fitted = toy_images(10_004, classes=2, size=1), []
+    features = {("means", "cut"): np.arange(10_004.0)[:, None]}
+    monkeypatch.setattr(baselines, "colour_features", lambda images: features)
+    monkeypatch.setattr(baselines, "make_classifier", lambda kind: Constant(fitted))
+    split = {"val": np.array([0, 2, 3]), "test": np.array([], int), "train": np.arange(10_000) + 4}
+    one, svm = baselines.colour_only(images, split)
+    assert one == {"features": "means", "strip": "cut", "classifier": "1-nn", "fitted_on": 10_000,
+                   "val": metrics.wilson(2, 3), "test": metrics.wilson(0, 0)}
+    assert svm == one | {"classifier": "rbf-svm"} and capsys.readouterr().err == ""
+    assert fitted[0] == (split["train"].tolist(), [0, 1] * 5000)
+    split = {"val": np.array([1]), "test": np.array([0]), "train": np.arange(10_001) + 3}
+    rows = baselines.colour_only(images, split)
+    assert [row["fitted_on"] for row in rows] == [10_000] * 2
+    assert [row["val"]["value"] for row in rows] == [0] * 2
+    assert capsys.readouterr().err == ("note: colour alone is fitted on a sample, 10000 of 10001 "
+                                       "training images\n")
+    first, second = (x for x, _ in fitted[2:])
+    assert first == second == sorted(set(first)) and len(first) == 10_000
+    drawn = np.random.default_rng(0).choice(split["train"], 10_000, replace=False)
+    assert set(first) == set(drawn.tolist()) <= set(split["train"].tolist())
+
+
+def test_the_features_of_colour_are_told_apart_by_kind_and_strip():
+    images = toy_images(6, size=10)
+    found = baselines.colour_features(images)
+    assert set(found) == {("means", "included"), ("statistics", "included"), ("statistics", "cut")}
+    for (kind, strip), x in found.items():
+        assert np.array_equal(x, colour_statistics(images.array(), kind, strip == "cut"))
+    assert not np.array_equal(found["statistics", "included"], found["statistics", "cut"])
+
+
 def test_the_classifiers_of_colour_are_what_they_are_called():
+    """One neighbour; an SVM of C = 10 and gamma "scale"; both on standardised features."""
+    one, svm = baselines.make_classifier("1-nn"), baselines.make_classifier("rbf-svm")
+    assert type(one[0]).__name__ == type(svm[0]).__name__ == "StandardScaler"
+    assert one[-1].n_neighbors == 1
+    assert (svm[-1].C, svm[-1].gamma, svm[-1].kernel) == (10, "scale", "rbf")
     assert [type(baselines.make_classifier(kind)[-1]).__name__ for kind in ("1-nn", "rbf-svm")] == [
         "KNeighborsClassifier", "SVC"]

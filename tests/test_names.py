@@ -74,6 +74,7 @@ def test_names_that_differ_by_case_are_met_exactly(tmp_path):
 
 @pytest.mark.parametrize(("classes", "known"), [
     (list(CLASSES), True), (["Benign", "Malignant"], True), (["Benign", "Early", "Pre"], True),
+    ([*CLASSES, "Malignant"], True), (["Early", "Pre"], False),
     (["Benign", "InSitu", "Invasive", "Normal"], False), (["Benign", "Normal"], False)])
 def test_malignant_against_benign_only_where_all_others_are_malignant(classes, known):
     found = metrics.malignant(np.eye(len(classes), dtype=int), classes)
@@ -124,6 +125,22 @@ def test_a_name_is_free_again_when_the_work_fails(tmp_path):
         assert path.exists()
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+    with (pytest.raises(KeyboardInterrupt),  # also where somebody else has removed it
+          predict.reserved(None, tmp_path / "a.csv", ".json") as path):
+        path.unlink()
+        raise KeyboardInterrupt
+
+
+def test_a_name_is_taken_where_its_companion_is(tmp_path):
+    (tmp_path / "a.json").touch()
+    (tmp_path / "a-2.csv").touch()
+    with predict.reserved(None, tmp_path / "a.csv", ".json") as path:
+        assert path == tmp_path / "a-3.csv"
+    with pytest.raises(InputError, match=r"a.json exists already"), predict.reserved(
+            str(tmp_path / "a.csv"), tmp_path / "x.csv", ".json"):
+        pass
+    with predict.reserved(str(tmp_path / "b.csv"), tmp_path / "x.csv", ".json") as path:
+        assert path == tmp_path / "b.csv" and path.exists()
 
 
 @pytest.mark.parametrize("link", ["runs", "runs/name"])

@@ -1,124 +1,207 @@
-"""The pieces of a report from figures given by hand."""
+"""The words and tables of reports: every number at its place, with the digits that are meant."""
 
 import checks  # noqa: F401 - before torch
 
 import pytest
 
-from dataset.files import CLASSES
-from reporting import pages
+from reporting import pages, terminal
 
 
-def share(value):
-    return {"value": value, "low": None, "high": None}
+def proportion(value, low=0.25, high=0.75):
+    return {"value": value, "low": low, "high": high}
 
 
-def figures(value, n=8):
-    return {"accuracy": share(value), "macro_f1": value, "kappa": value, "roc_auc": None, "n": n,
-            "loss": 0.5}
+def scored(accuracy=0.5, **changes):
+    """What a table shows of one part."""
+    return {"n": 7, "loss": 1.25, "accuracy": proportion(accuracy), "macro_f1": 0.4, "kappa": None,
+            "roc_auc": 1.0} | changes
 
 
-SHOWN = ["0.2500 (no interval)", "0.2500", "0.2500", "–"]
+def colour(kind, strip, val, test, classifier="1-nn"):
+    return {"features": kind, "strip": strip, "classifier": classifier, "fitted_on": 58,
+            "val": proportion(val), "test": proportion(test)}
 
 
-def test_a_table_keeps_a_cell_in_its_line_and_its_column():
-    assert pages.markdown(["a", "b"], [["x|y", "two\nlines"], [1, None]]) == (
-        "| a | b |\n| --- | --- |\n| x\\|y | two lines |\n| 1 | None |")
+# ---- numbers ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("figure", "text"), [
+    (0.98765, "0.9877"), (0, "0.0000"), (None, "–"),
+    ({"value": 0.0, "low": 0.0, "high": 0.30849}, "0.0000 (0.0000–0.3085)"),
+    ({"value": 0.5, "low": None, "high": None}, "0.5000 (no interval)"),
+    ({"value": None, "low": None, "high": None}, "–"),
+    ({"mean": 0.98151, "sd": 0.00314, "n": 3}, "0.9815 ± 0.0031"),
+    ({"mean": 0.0, "sd": 0.0, "n": 2}, "0.0000 ± 0.0000"),
+    ({"mean": 0.5, "sd": None, "n": 1}, "0.5000"), ({"mean": None, "sd": None, "n": 0}, "–")])
+def test_a_figure_is_shown_with_four_digits_and_what_is_undefined_as_a_dash(figure, text):
+    assert terminal.show(figure) == text
 
 
-def test_best_and_last_have_a_row_for_each_part_that_was_measured():
-    results = {"best": {"round": 3, "val": None, "test": figures(0.25)},
-               "last": {"round": 4, "val": figures(0.25, 5), "test": figures(0.25)}}
+def test_the_number_of_digits_can_be_chosen():
+    assert [terminal.show(1.26, digits) for digits in (0, 1, 3)] == ["1", "1.3", "1.260"]
+
+
+def test_the_columns_of_a_table_are_as_wide_as_their_widest_cell(capsys):
+    terminal.print_table(["a", "bc", "d"], [["xyz", 1, ""], ["", 234, 5]])
+    assert capsys.readouterr().out == "a    bc   d\nxyz  1\n     234  5\n"
+
+
+def test_the_lines_of_a_round_name_its_clients_and_their_figures(capsys):
+    ours = {"client": 1, "num_examples": 29, "steps": 4, "loss": 0.12345, "accuracy": 0.98765,
+            "update_norm": 2.34567, "left_out": False, "skipped_steps": 0}
+    other = ours | {"client": 0, "left_out": True, "skipped_steps": 2, "loss": None}
+    far = ours | {"site": "NORTH", "skipped_steps": None}
+    terminal.print_round({
+        "round": 2, "clients": [ours, other, far], "train_loss": 1.0, "val_loss": 0.5,
+        "val_accuracy": 0.75, "lr": 0.001, "images_per_second": 12.345}, 5, ["a", "b"])
+    assert capsys.readouterr().out.splitlines() == [
+        "  b: 29 images, 4 steps, loss 0.1235, accuracy 0.988, update norm 2.346, skipped 0",
+        ("  a: 29 images, 4 steps, loss –, accuracy 0.988, update norm not finite, left out, "
+         "skipped 2"),
+        "  NORTH: 29 images, 4 steps, loss 0.1235, accuracy 0.988, update norm 2.346, skipped –",
+        ("round 2/5: train loss 1.0000, val loss 0.5000, val accuracy 0.7500, lr 0.001, 12.3 "
+         "images/s")]
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+def test_the_summary_has_a_row_for_each_model_and_part_that_there_is():
+    results = {"best": {"epoch": 2, "val": scored(), "test": scored(0.0)},
+               "last": {"epoch": 3, "val": None, "test": scored(None)}}
+    rest = ["0.4000", "–", "1.0000"]
     assert pages.summary_rows(results) == [
-        ["best (round 3)", "test", 8, "0.5000", *SHOWN],
-        ["last (round 4)", "val", 5, "0.5000", *SHOWN],
-        ["last (round 4)", "test", 8, "0.5000", *SHOWN]]
-    assert len(pages.SUMMARY) == len(pages.summary_rows(results)[0])
+        ["best (epoch 2)", "val", 7, "1.2500", "0.5000 (0.2500–0.7500)", *rest],
+        ["best (epoch 2)", "test", 7, "1.2500", "0.0000 (0.2500–0.7500)", *rest],
+        ["last (epoch 3)", "test", 7, "1.2500", "–", *rest]]
+    assert len(pages.SUMMARY) == 8
 
 
-def test_the_best_colour_classifier_is_chosen_on_validation_never_on_test():
-    rows = [{"features": kind, "classifier": name, "strip": "cut", "val": share(val),
-             "test": share(test)} for kind, name, val, test in
-            (("means", "1-nn", 0.5, 0.9), ("means", "svm", 0.75, 0.1),
-             ("statistics", "1-nn", None, 0.1), ("statistics", "svm", None, 0.9))]
-    found = [pages.best_colour_row({"colour_only": rows}, kind) for kind in ("means", "statistics")]
-    assert [row["classifier"] for row in found] == ["svm", "1-nn"]
+def test_the_table_of_members_ends_in_their_mean_and_the_pooled_predictions():
+    def member(name, **more):
+        return scored() | {"name": name, "train": 30, "epoch": 4} | more
+    results = {"members": [member("fold1"), member("client0", client="NORTH")], "mean": {
+        key: {"mean": 0.5, "sd": 0.1, "n": 2} for key in ("accuracy", "macro_f1", "kappa",
+                                                          "roc_auc")}}
+    figures = ["0.5000 (0.2500–0.7500)", "0.4000", "–", "1.0000"]
+    expected = [["fold1", 30, 4, 7, *figures], ["NORTH", 30, 4, 7, *figures],
+                ["mean ± sd of 2", "", "", "", *["0.5000 ± 0.1000"] * 4]]
+    assert pages.member_rows(results) == expected and len(pages.MEMBERS) == 8
+    results["best"] = {"test": scored(0.25, n=14)}
+    assert pages.member_rows(results) == [
+        *expected, ["pooled, out of fold", "", "", 14, "0.2500 (0.2500–0.7500)", *figures[1:]]]
 
 
-def test_folds_are_followed_by_their_mean_and_the_pooled_predictions():
-    fold = {"name": "fold1", "train": 20, "epoch": 7, **figures(0.25)}
-    results = {"members": [fold, fold | {"name": "fold2", "client": "NORTH"}],
-               "mean": figures(0.25), "best": {"test": figures(0.25, 16)}}
-    rows = pages.member_rows(results)
-    assert rows == [["fold1", 20, 7, 8, *SHOWN], ["NORTH", 20, 7, 8, *SHOWN],
-                    ["mean ± sd of 2", "", "", "", *SHOWN],
-                    ["pooled, out of fold", "", "", 16, *SHOWN]]
-    del results["best"]  # hospitals alone are not pooled
-    assert pages.member_rows(results) == rows[:3]
-    assert pages.client_rows([None, figures(0.25)], ["A", "B"]) == [
-        ["A", 0, "–", "–"], ["B", 8, *SHOWN[:2]]]
+def test_a_client_without_an_image_in_the_part_has_a_row_of_dashes():
+    assert pages.client_rows([None, scored()], ["a", "b"]) == [
+        ["a", 0, "–", "–"], ["b", 7, "0.5000 (0.2500–0.7500)", "0.4000"]]
 
 
-def test_the_public_sets_are_known_by_their_classes_and_their_size():
-    for classes, n, expected in ((CLASSES, 3256, True), (CLASSES, 3242, True),
-                                 (CLASSES, 3255, False), (CLASSES[:3], 3256, False)):
-        assert pages.is_all_set({"classes": list(classes), "images": n}) == expected
+def test_the_best_row_of_colour_is_the_best_on_validation_and_else_the_first(capsys):
+    rows = [colour("means", "included", 0.25, 1.0), colour("statistics", "included", None, 0.75),
+            colour("statistics", "cut", 0.0, 0.5), colour("statistics", "cut", None, 0.25)]
+    results = {"colour_only": rows}
+    assert pages.best_colour_row(results, "means") is rows[0]
+    assert pages.best_colour_row(results, "statistics") is rows[1]  # undefined counts as nothing
+    rows[3]["val"]["value"] = 0.125
+    assert pages.best_colour_row(results, "statistics") is rows[3]
+    pages.print_colour(results)
+    assert capsys.readouterr().out.splitlines() == [
+        ("colour means alone (1-nn, strip included): validation 0.2500 (0.2500–0.7500), test "
+         "1.0000 (0.2500–0.7500)"),
+        ("colour statistics alone (1-nn, strip cut): validation 0.1250 (0.2500–0.7500), test "
+         "0.2500 (0.2500–0.7500)")]
 
 
-@pytest.mark.parametrize("synthetic", [True, False])
-def test_the_head_has_command_cost_and_what_was_passed_over(tmp_path, synthetic):
-    run = {"synthetic": synthetic, "script": "train_x.py", "argv": ["--lr", "1"], "images": 9,
-           "data": "set", "git": "abc", "ignored_files": {} if synthetic else {"txt": 2},
-           "machine": {"device": "cpu", "name": "x", "threads": 3, "torch": "2.9"}}
-    text = pages.head(tmp_path / "name", run, {"images_seen": 90, "optimizer_steps": 12,
-                                               "seconds": 4.6})
-    loud = ("**SYNTHETIC DATA: drawn, not medical. Figures show that the code works, no more.**"
-            "\n\n") * synthetic
-    assert text == (
-        f"# name\n\n{loud}`python train_x.py --lr 1`\n\n9 images of set; 90 training passes in 12 "
-        "optimiser steps, 5 s on cpu (x, 3 threads), torch 2.9, commit abc."
-        + ("" if synthetic else " Passed over: {'txt': 2}."))
+def test_the_table_of_colour_says_on_how_many_images_it_was_fitted():
+    rows = [colour("means", "included", None, 1.0), colour("statistics", "cut", 0.5, 0.5)]
+    rows[1]["fitted_on"] = 59
+    assert pages.colour_table({"colour_only": rows}) == (
+        "### What colour alone reaches\n\nNo network: classifiers on whole-image colour, fitted on "
+        "58 training images.\n\n| statistics | validation | test |\n| --- | --- | --- |\n"
+        "| means, 1-nn, strip included | – | 1.0000 (0.2500–0.7500) |\n"
+        "| statistics, 1-nn, strip cut | 0.5000 (0.2500–0.7500) | 0.5000 (0.2500–0.7500) |")
 
 
-def test_classes_have_their_figures_and_malignant_its_own_where_it_is_defined():
-    row = dict.fromkeys(("precision", "recall", "specificity", "f1", "auc"), 0.25) | {"support": 3}
-    test = {"per_class": {"a": row}, "malignant": None, "ece": 0.125, "brier": 0.5}
-    text = pages.class_table(test, "of the best")
-    assert text == (
-        "### Per class (of the best)\n\n| class | precision | recall | specificity | F1 | AUC | "
-        "support |\n| --- | --- | --- | --- | --- | --- | --- |\n| a | 0.2500 | 0.2500 | 0.2500 | "
-        "0.2500 | 0.2500 | 3 |")
-    test["malignant"] = {"sensitivity": share(0.75), "specificity": share(0.5)}
-    assert pages.class_table(test, "of the best") == text + (
-        "\n\nMalignant against benign: sensitivity 0.7500 (no interval), specificity 0.5000 (no "
-        "interval). ECE 0.1250, Brier 0.5000.")
+def test_the_table_of_classes_ends_in_malignant_against_benign_where_that_is_known():
+    m = {"precision": 0.5, "recall": 0.25, "specificity": 0.75, "f1": 0.125, "auc": None,
+         "support": 3}
+    test = {"per_class": {"a": m}, "malignant": None, "ece": 0.0625, "brier": 1.5}
+    plain = ("### Per class (best)\n\n"
+             "| class | precision | recall | specificity | F1 | AUC | support |\n"
+             "| --- | --- | --- | --- | --- | --- | --- |\n"
+             "| a | 0.5000 | 0.2500 | 0.7500 | 0.1250 | – | 3 |")
+    assert pages.class_table(test, "best") == plain
+    test["malignant"] = {"sensitivity": proportion(1.0), "specificity": proportion(0.0)}
+    assert pages.class_table(test, "best") == plain + (
+        "\n\nMalignant against benign: sensitivity 1.0000 (0.2500–0.7500), specificity 0.0000 "
+        "(0.2500–0.7500). ECE 0.0625, Brier 1.5000.")
 
 
-def test_every_figure_and_every_setting_but_false_and_none_is_listed(tmp_path):
+# ---- the page -----------------------------------------------------------------------------------
+
+RUN = {"synthetic": False, "script": "train_x.py", "argv": ["--seed", "1"], "images": 48,
+       "data": "here", "git": "abc", "ignored_files": "", "classes": ["Benign", "Early"],
+       "fingerprint": "0123456789abcdefGHI",
+       "machine": {"device": "cpu", "name": "chip", "threads": 2, "torch": "2.1"},
+       "arguments": {"split": "random", "split_seed": 42, "table": None, "mu": 0.0, "seed": 0,
+                     "skip_bad": False, "weights": None, "resume": True}}
+
+
+def test_the_head_of_a_page_gives_the_command_and_what_it_cost(tmp_path):
+    folder, cost = tmp_path / "name", {"images_seen": 96, "optimizer_steps": 12, "seconds": 3.6}
+    text = ("`python train_x.py --seed 1`\n\n48 images of here; 96 training passes in 12 optimiser "
+            "steps, 4 s on cpu (chip, 2 threads), torch 2.1, commit abc.")
+    assert pages.head(folder, RUN, cost) == "# name\n\n" + text
+    drawn = pages.head(folder, RUN | {"synthetic": True, "ignored_files": "1 .txt"}, cost)
+    assert drawn == ("# name\n\n**SYNTHETIC DATA: drawn, not medical. Figures show that the code "
+                     f"works, no more.**\n\n{text} Passed over: 1 .txt.")
+
+
+def test_every_figure_stands_on_the_page_and_every_argument_that_is_set(tmp_path):
     for name in ("b.png", "a.png", "c.csv"):
         (tmp_path / name).touch()
-    text = pages.figures_and_settings(tmp_path, {"arguments": {
-        "mu": 0.0, "skip_bad": False, "table": None, "remove": [], "local_only": True}})
-    assert text == ("## Figures\n\n![a](a.png)\n\n![b](b.png)\n\n## Settings\n\n"
-                    "| argument | value |\n| --- | --- |\n| mu | 0.0 |\n| remove | [] |\n"
-                    "| local_only | True |")
+    assert pages.figures_and_settings(tmp_path, RUN) == (
+        "## Figures\n\n![a](a.png)\n\n![b](b.png)\n\n## Settings\n\n"
+        "| argument | value |\n| --- | --- |\n| split | random |\n| split_seed | 42 |\n"
+        "| mu | 0.0 |\n| seed | 0 |\n| resume | True |")
 
 
-def test_the_model_card_speaks_of_the_data_that_there_are(tmp_path):
-    run = {"data": "set", "images": 9, "classes": ["a", "b"], "fingerprint": "0123456789abcdefgh",
-           "synthetic": False, "arguments": {"split": "random", "split_seed": 42, "table": None}}
+@pytest.mark.parametrize(("run", "words"), [
+    (RUN, pages.OWN), (RUN | {"synthetic": True}, pages.SYNTHETIC),
+    (RUN | {"arguments": RUN["arguments"] | {"table": "t.csv"}}, pages.TABLE),
+    (RUN | {"classes": ["Benign", "Early", "Pre", "Pro"], "images": 3256}, pages.ALL_SET)])
+def test_the_model_card_says_what_is_known_of_these_data(tmp_path, run, words):
+    """And of no others: the four kinds of data differ in every sentence but one."""
+    card = pages.tail(tmp_path, run, 3, 9, "0.1234").partition("## Model card\n\n")[2]
+    lines = card.replace("\n  ", " ").splitlines()
+    assert lines == [
+        "- **Intended use**: research and teaching. Not a medical device; not for diagnosis.",
+        (f"- **Data**: here, {run['images']} images, classes {', '.join(run['classes'])}. "
+         "Fingerprint `0123456789abcdef`."),
+        f"- **Level of the split**: images, `random`, split seed 42. {words['level']}",
+        ("- **Known leaks**: 3 of 9 test images have an identical twin in the training part; "
+         f"{words['leaks']}"),
+        f"- **Intervals** assume independent images. {words['intervals']}",
+        ("- **Privacy**: one process, no secure aggregation, no differential privacy: nothing is "
+         "claimed."),
+        ("- **Limits**: one seed unless several are reported; colour alone reaches 0.1234 on the "
+         "same test images (table above): a figure not well above it says nothing about cells.")]
+    assert ("patient-level split is impossible" in card) == (words is pages.ALL_SET)
 
-    def card(**changed):
-        return pages.tail(tmp_path, run | changed, 2, 7, "0.5")
-    text = card()
-    assert "set, 9 images, classes a, b. Fingerprint `0123456789abcdef`." in text
-    assert "images, `random`, split seed 42. " + pages.OWN["level"] in text
-    assert "2 of 7 test images have an identical twin" in text
-    assert "colour alone reaches 0.5" in text
-    assert pages.SYNTHETIC["level"] in card(synthetic=True)
-    assert pages.ALL_SET["level"] in card(classes=list(CLASSES), images=3256)
-    assert pages.TABLE["level"] in card(arguments=run["arguments"] | {"table": "x.csv"})
+
+def test_what_a_table_knows_of_patients_is_said_beside_what_nobody_knows():
+    assert pages.TABLE["leaks"] == pages.OWN["leaks"]
+    assert pages.TABLE["level"] == (
+        "Where the table names patients or groups, the results say on which sides they stand. "
+        "What is not known of the images, such as patients, cannot be kept apart.")
 
 
-def test_a_page_leaves_out_what_is_empty(tmp_path):
-    pages.write_page(tmp_path, ["a", "", "b\n\n"])
-    assert (tmp_path / "report.md").read_text() == "a\n\nb\n"
+def test_the_two_public_sets_are_known_by_their_classes_and_their_sizes():
+    four = ["Benign", "Early", "Pre", "Pro"]
+    assert [pages.is_all_set({"classes": four, "images": n}) for n in (3256, 3242, 3243, 3257)] == [
+        True, True, False, False]
+    assert not pages.is_all_set({"classes": four[:3], "images": 3256})
+
+
+def test_empty_sections_leave_no_gap_and_a_page_ends_in_one_line_end(tmp_path):
+    pages.write_page(tmp_path, ["# a", "", "b\n\n"])
+    assert (tmp_path / "report.md").read_text("utf-8") == "# a\n\nb\n"

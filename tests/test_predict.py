@@ -2,15 +2,18 @@
 
 import checks
 
+import argparse
 import copy
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, script, train
+from helpers import SMALL, clone, script, train, write_tree
+from PIL import Image
 from scipy.special import softmax
 from torch import nn
 
@@ -18,6 +21,7 @@ import data
 import models
 import predict
 import train_central
+from dataset import synthetic, table
 from reporting import finished, inference, metrics
 
 CPU = torch.device("cpu")
@@ -115,6 +119,42 @@ def test_float32_is_used_where_half_precision_would_break_it(monkeypatch, capsys
     assert error.count("\n") == 1 and str(dtype) in error and "float32 is used" in error
 
 
+@pytest.mark.parametrize(("moved", "half"), [(0.0, True), (0.02, True), (0.0201, False),
+                                             (0.3, False), (float("nan"), False)])
+def test_half_precision_may_move_a_probability_by_two_hundredths(monkeypatch, capsys, moved, half):
+    with_precision(monkeypatch, torch.bfloat16)
+    monkeypatch.setattr(inference, "deviation", lambda a, b: moved)
+    fast = inference.fast(small_difference_of_large_numbers(1))
+    assert fast.dtype == (torch.bfloat16 if half else torch.float32)
+    assert capsys.readouterr().err == ("" if half else (
+        f"note: in torch.bfloat16 a probability could be off by {moved:.2f}, so float32 is "
+        "used\n"))
+
+
+def test_pixels_are_normalised_as_in_training_and_the_answer_is_a_distribution():
+    net = nn.Sequential(nn.Flatten())
+    trained = inference.Trained(net.eval(), "x", list("abc"), 1, CPU)
+    pixels = torch.tensor([[0, 255, 51], [255, 0, 102]], dtype=torch.uint8)[:, :, None, None]
+    expected = (pixels[:, :, 0, 0] / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225])
+    assert torch.allclose(inference.logits(trained, pixels), expected, atol=1e-6)
+    assert np.allclose(inference.probabilities(trained, pixels), softmax(expected.numpy(), 1))
+
+
+def test_deviation_is_judged_on_the_same_sixteen_smears_four_of_each_class(monkeypatch):
+    seen = []
+    def note(trained, pixels):
+        seen.append(pixels)
+        return torch.zeros(len(pixels), 4)
+    monkeypatch.setattr(inference, "logits", note)
+    exact = small_difference_of_large_numbers(1)
+    assert inference.deviation(exact, exact) == 0
+    assert seen[0].shape == (16, 3, 8, 8) and torch.equal(*seen)
+    for i, name in enumerate(["Benign", "Early", "Pre", "Pro"] * 4):
+        drawn = synthetic.draw_one(name, 8, np.random.default_rng(i))
+        assert np.array_equal(seen[0][i].permute(1, 2, 0), drawn)
+
+
 def test_deviation_bounds_any_change_of_a_probability():
     """Logits that differ by (1, -1, 0, 0): at most 0.5, reached from no starting point."""
     def constant(*values):
@@ -124,7 +164,7 @@ def test_deviation_bounds_any_change_of_a_probability():
         return inference.Trained(net.eval(), "x", list("abcd"), 8, CPU)
     a, b = constant(0, 0, 0, 0), constant(1, -1, 0, 0)
     assert inference.deviation(a, b) == pytest.approx(0.5)
-    assert inference.deviation(a, a) == 0
+    assert inference.deviation(a, a) == inference.deviation(b, b) == 0
     rng = np.random.default_rng(0)
     starts = torch.tensor(rng.normal(0, 3, (1000, 4)))
     moved = (starts.softmax(1) - (starts + torch.tensor([1, -1, 0, 0])).softmax(1)).abs().max()
@@ -142,6 +182,38 @@ def test_convolution_with_batchnorm_folded_by_hand(monkeypatch):
     assert torch.allclose(folded.weight[:, :, 0, 0], net[0].weight[:, :, 0, 0]
                           * torch.tensor(factor, dtype=torch.float32)[:, None])
     assert folded.bias.tolist() == pytest.approx([-factor[0], 2 * factor[1]])
+
+
+def test_a_run_with_batchnorm_of_each_client_is_loaded_with_that_of_the_one_named(tmp_path):
+    model = models.build("toynet", 2)
+    shared, keys = clone(model.state_dict()), models.batchnorm_keys(model)
+    own = {k: {key: torch.full_like(shared[key], k + 2) for key in keys} for k in (0, 3)}
+    content = {"model": "toynet", "classes": ["a", "b"], "state": shared, "image_size": 20}
+    torch.save(content | {"local_bn": own, "interventions": ["scale-bar"]}, tmp_path / "model.pt")
+    for client in (0, 3):
+        trained = inference.load(tmp_path, CPU, client)
+        state = trained.model.state_dict()
+        for key, value in (shared | own[client]).items():
+            assert torch.equal(state[key], value)
+        assert not trained.model.training and trained.dtype == torch.float32
+        assert (trained.name, trained.classes, trained.image_size, trained.interventions) == (
+            "toynet", ["a", "b"], 20, ("scale-bar",))
+    for client in (None, 1):
+        with pytest.raises(checks.InputError, match=r"--client must be one of \[0, 3\]"):
+            inference.load(tmp_path, CPU, client)
+    torch.save(content, tmp_path / "model.pt")
+    assert inference.load(tmp_path, CPU).interventions == ()
+    with pytest.raises(checks.InputError, match="one global model, --client has no place here"):
+        inference.load(tmp_path, CPU, 0)
+
+
+def test_the_first_client_is_number_0_and_the_device_is_found_by_itself():
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    inference.add_arguments(parser)
+    assert vars(parser.parse_args([])) == {"device": "auto", "client": None}
+    assert parser.parse_args(["--client", "0"]).client == 0
+    with pytest.raises(argparse.ArgumentError):
+        parser.parse_args(["--client", "-1"])
 
 
 # ---- the script ---------------------------------------------------------------------------------
@@ -184,7 +256,7 @@ def test_labels_come_from_the_folders_and_give_the_full_metrics(run, tree, tmp_p
     assert json.loads((tmp_path / "c.json").read_text())["per_class"]["Pre"]["support"] == 24
 
 
-def test_other_class_names_and_malignant_against_benign(run, tree, tmp_path):
+def test_other_class_names_and_malignant_against_benign(run, tree, tmp_path, capsys):
     other = tmp_path / "hospital"
     shutil.copytree(tree / "Benign", other / "healthy")
     shutil.copytree(tree / "Pre", other / "ALL" / "slide 7")
@@ -195,6 +267,9 @@ def test_other_class_names_and_malignant_against_benign(run, tree, tmp_path):
                   "--exact"])
     found = json.loads((tmp_path / "x.json").read_text())
     assert found["n"] == 22 + 24 and list(found["per_class"]) == ["Benign", "Malignant"]
+    out = capsys.readouterr().out
+    assert f"72 images to {tmp_path}/x.csv\n" in out  # no temperature
+    assert f"all figures: {tmp_path}/x.json; 26 images without a class folder left out\n" in out
     rows = [r for r in rows_of(tmp_path / "x.csv") if r["label"]]
     said = [(r["label"] == "Malignant", float(r["p_Benign"]) < 0.5) for r in rows]
     confusion = [[sum(s == (t, p) for s in said) for p in (False, True)] for t in (False, True)]
@@ -204,6 +279,7 @@ def test_other_class_names_and_malignant_against_benign(run, tree, tmp_path):
     names.write_text(json.dumps({"healthy": "Benign", "ALL": "Pre", "unknown": "Early"}))
     predict.main([str(run), str(other), "--map", str(names), "--out", str(tmp_path / "y.csv")])
     assert json.loads((tmp_path / "y.json").read_text())["n"] == 72
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_unreadable_files_are_told_at_the_end_and_the_rest_is_done(run, tree, tmp_path):
@@ -216,9 +292,33 @@ def test_unreadable_files_are_told_at_the_end_and_the_rest_is_done(run, tree, tm
     told = [x for x in done.stderr.splitlines() if x.startswith("unreadable: ")]
     assert len(told) == 2 and "Pre-002.png" in told[0] and "text.jpg" in told[1]
     assert len(rows_of(tmp_path / "o.csv")) == 23
+    assert f"23 images to {tmp_path}/o.csv\n" in done.stdout and "left out" not in done.stdout
 
 
-def test_temperature_is_fitted_once_on_validation_and_kept(run, tree, tmp_path):
+def test_a_temperature_is_where_the_mean_probability_of_the_truth_is_its_frequency():
+    """Three of four are right at logits (2, 0): σ(2 / T) = 3/4. Where nothing or all is wrong, the
+    search ends at e³ and its inverse."""
+    logits = np.array([[2.0, 0.0]] * 4)
+    assert predict.fit_temperature(logits, np.array([0, 0, 0, 1])) == pytest.approx(
+        2 / np.log(3), rel=1e-4)
+    ends = [predict.fit_temperature(logits / 20, np.full(4, y)) for y in (0, 1)]
+    assert np.log(ends) == pytest.approx([-3, 3], abs=0.01)
+
+
+def test_what_the_temperature_does_to_loss_and_calibration_is_kept_with_it(tmp_path):
+    rows = [f"{i}.png,{'ab'[y]},{part},a,0.9,0.1" for i, (y, part) in enumerate(
+        [(0, "val"), (0, "val"), (0, "val"), (1, "val"), (1, "test")])]
+    (tmp_path / "predictions.csv").write_text("\n".join(
+        ["path,label,split,prediction,p_a,p_b", *rows]) + "\n")
+    t = predict.temperature(tmp_path)
+    kept = json.loads((tmp_path / "temperature.json").read_text())
+    assert kept["temperature"] == t == pytest.approx(np.log(9) / np.log(3), rel=1e-4)
+    assert kept["fitted_on"] == "validation part" and kept["n"] == 4
+    assert kept["ece"] == pytest.approx([0.15, 0], abs=1e-4)  # 0.9, then 0.75, against 3 of 4
+    assert kept["loss"] == pytest.approx([-np.mean(np.log([p, p, p, 1 - p])) for p in (0.9, 0.75)])
+
+
+def test_temperature_is_fitted_once_on_validation_and_kept(run, tree, tmp_path, capsys):
     val = finished.read_predictions(run, "val")
     assert len(val.paths) == 7
     predict.main([str(run), str(tree), "--calibrate", "--exact", "--out", str(tmp_path / "a.csv")])
@@ -238,6 +338,7 @@ def test_temperature_is_fitted_once_on_validation_and_kept(run, tree, tmp_path):
     predict.main([str(run), str(tree), "--calibrate", "--exact", "--out", str(tmp_path / "c.csv")])
     assert probabilities(rows_of(tmp_path / "c.csv")) == pytest.approx(
         softmax(np.log(q) / 2, axis=1), abs=1e-5)
+    assert f"72 images to {tmp_path}/c.csv, temperature 2.000\n" in capsys.readouterr().out
     (run / "temperature.json").unlink()
 
 
@@ -260,6 +361,104 @@ def test_labels_take_the_nearest_folder_that_names_a_class():
                         ("set/Benign/Pre/a.png", "Pre")):
         assert predict.label_of(data.Path(path), root, names) == label
     assert predict.label_of(data.Path("Pre/a.png"), None, names) == ""
+
+
+def test_images_come_in_the_order_given_with_the_folder_that_was_given(tmp_path):
+    root = write_tree(tmp_path / "set", {"b": 1, "a": 1})
+    single = root / "b" / "b-001.png"
+    assert predict.find([str(single), str(root)]) == [
+        (single, None), (root / "a" / "a-001.png", root), (single, root)]
+
+
+def test_folder_names_mean_the_classes_of_the_run_and_of_the_public_layouts(tmp_path):
+    assert predict.read_map(None, ["Benign", "Odd"]) == {
+        "benign": "Benign", "Benign": "Benign", "odd": "Odd", "Odd": "Odd"}
+    path = tmp_path / "map.json"
+    def read(given, *classes):
+        path.write_text(json.dumps(given))
+        return predict.read_map(str(path), list(classes))
+    assert read({"X": "b", "y": "a"}, "a", "b") == {"x": "b", "y": "a"}
+    assert read({"x": "Malignant", "y": "Benign"}, "Benign", "Pre") == {
+        "x": "Malignant", "y": "Benign"}
+    three = ("Benign", "Malignant", "Normal")  # a run that knows Malignant needs no other words
+    assert read({"x": "Malignant", "y": "Normal"}, *three) == {"x": "Malignant", "y": "Normal"}
+    for given, classes, words in (
+            ({"x": "Malignant"}, ["Early", "Pre"], "the run knows no Benign to tell Malignant"),
+            ({"x": "Malignant", "y": "Pre"}, ["Benign", "Pre"],
+             "'y' is mapped to 'Pre', not one of Benign, Malignant$")):
+        with pytest.raises(checks.InputError, match=words):
+            read(given, *classes)
+
+
+def test_a_table_gives_labels_in_the_order_of_the_files(tmp_path, capsys):
+    root = write_tree(tmp_path / "set", {"x": 4})
+    files, names = sorted((root / "x").iterdir()), predict.read_map(None, ["Benign", "Early"])
+    def read(rows, paths, header="path,label", skip=False):
+        (tmp_path / "t.csv").write_text("\n".join([header, *rows]) + "\n")
+        return predict.from_table(table.read(str(tmp_path / "t.csv")), SimpleNamespace(
+            paths=list(map(str, paths)), skip_unlisted=skip), files, names)
+    rows = ["x/x-003.png,early", "x/x-001.png,Benign", "x/x-002.png,", "x/x-004.png,odd"]
+    assert read(rows, [root]) == (files, ["Benign", "", "Early", ""])
+    assert capsys.readouterr().err == (
+        f"note: --table {tmp_path}/t.csv: label(s) that the run does not know: odd\n")
+    assert read(rows[:2], [root], skip=True) == ([files[0], files[2]], ["Benign", "Early"])
+    assert capsys.readouterr().err == ""
+    with pytest.raises(checks.InputError, match=r"2 image\(s\) are not in it .*x-002.png"):
+        read(rows[:2], [root])
+    for paths, header in (([root, root], "path,label"), ([files[0]], "path,label"),
+                          ([root], "path,patient")):
+        with pytest.raises(checks.InputError, match="needs a column label, and one folder that"):
+            read(rows, paths, header)
+
+
+def test_images_of_a_chunk_go_through_the_network_together_and_share_its_time(
+        tmp_path, monkeypatch):
+    """Five files in chunks of two, of which the third and the last are no images."""
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for i in (0, 1, 3):
+        Image.new("RGB", (4, 4), (10 * i, 0, 0)).save(files[i])
+    files[2].write_text("no image")
+    files[4].write_text("no image")
+    sizes, clock = [], iter([1.0, 7.0, 10.0, 14.0])
+    def red(trained, pixels):
+        sizes.append(len(pixels))
+        return pixels[:, :2, 0, 0].float()
+    monkeypatch.setattr(inference, "logits", red)
+    monkeypatch.setattr(data, "EVAL_BATCH", 2)
+    monkeypatch.setattr(predict, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    logits, seconds, bad = predict.predict(
+        inference.Trained(nn.Identity(), "x", ["a", "b"], 4, CPU), files, 4.0)
+    nan = np.nan
+    assert sizes == [2, 1] and sorted(bad) == [2, 4]
+    assert np.array_equal(logits, [[0, 0], [2.5, 0], [nan, nan], [7.5, 0], [nan, nan]], True)
+    assert np.array_equal(seconds, [3, 3, nan, 4, nan], True)
+
+
+def test_subtypes_add_up_to_malignant_and_only_labelled_images_count():
+    p = np.array([[0.5, 0.3, 0.2], [0.2, 0.4, 0.4], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]])
+    logits, classes = np.log(p) + np.array([[0.0], [1], [-2], [3]]), ["Early", "Benign", "Pre"]
+    logits = np.concatenate([logits, np.full((1, 3), np.nan)])
+    labels = ["Malignant", "", "Benign", "Malignant", "Benign"]
+    binary = np.array([[0.3, 0.7], [0.5, 0.5], [0.1, 0.9]])
+    expected = metrics.measure(np.log(binary), np.array([1, 0, 1]), ["Benign", "Malignant"])
+    found = predict.evaluate(logits, labels, classes)
+    assert list(found["per_class"]) == ["Benign", "Malignant"] and found["n"] == 3
+    for key in ("loss", "brier", "ece", "roc_auc"):
+        assert found[key] == pytest.approx(expected[key])
+    assert predict.evaluate(logits, ["Early", "", "Pre", "Pre", "Pre"], classes) == metrics.measure(
+        logits[[0, 2, 3]], np.array([0, 2, 2]), classes)
+    own = predict.evaluate(logits, labels, ["Malignant", "Benign", "Odd"])  # the run's own word
+    assert list(own["per_class"]) == ["Malignant", "Benign", "Odd"]
+    assert predict.evaluate(logits, ["", "", "", "", "Early"], classes) is None
+
+
+def test_a_row_of_the_csv_is_the_softmax_and_an_unreadable_image_has_none(tmp_path):
+    logits = np.array([[np.log(3), 0.0], [np.nan] * 2, [0.0, np.log(2)]])
+    predict.write_csv(tmp_path / "p.csv", ["x.png", "y.png", "z.png"], ["b", "a", ""], logits,
+                      np.array([0.25, np.nan, 0.0000014]), ["a", "b"])
+    assert (tmp_path / "p.csv").read_text().splitlines() == [
+        "path,prediction,p_a,p_b,seconds,label", "x.png,a,0.75,0.25,0.250000,b",
+        "z.png,b,0.333333333,0.666666667,0.000001,"]
 
 
 @pytest.mark.parametrize("line,words", [

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 from helpers import SMALL, history, same_run, train, write_tree
-from scipy.stats import t
+from scipy.stats import binom, t
 
 import audit
 import compare
@@ -397,6 +397,23 @@ def test_a_patient_counts_once_until_ten_hold_an_error():
     hit[0] = True
     assert metrics.clustered(hit, members)["effective_n"] == 40
     assert metrics.clustered(~hit, members)["effective_n"] == 40  # fewer than ten hold a hit
+
+
+def test_patients_that_count_once_have_the_interval_of_clopper_and_pearson():
+    """Five of forty patients are wrong: each limit leaves 2.5 % in its tail. At the ends, and for
+    no image at all, the limit is known."""
+    members = np.repeat(np.arange(40), 5)
+    found = metrics.clustered(members >= 5, members)
+    assert (found["value"], found["effective_n"]) == (0.875, 40)
+    assert binom.sf(34, 40, found["low"]) == pytest.approx(0.025)
+    assert binom.cdf(35, 40, found["high"]) == pytest.approx(0.025)
+    never = metrics.clustered(np.zeros(200, bool), members)
+    assert never == {"value": 0.0, "low": 0.0, "high": pytest.approx(1 - 0.025 ** (1 / 40)),
+                     "effective_n": 40}
+    assert metrics.clustered(np.ones(1, bool), np.zeros(1, int)) == {
+        "value": 1.0, "low": pytest.approx(0.025), "high": 1.0, "effective_n": 1}
+    assert metrics.clustered(np.ones(0, bool), np.ones(0, int)) == {
+        "value": None, "low": None, "high": None, "effective_n": None}
 
 
 def test_bootstraps_need_thirty_units_of_which_ten_hold_an_error():
