@@ -76,6 +76,7 @@ def test_average_hand_computed_with_buffers_and_dtypes():
     def state(x, count):
         return {"w": torch.full((2, 2), x), "running_mean": torch.tensor([x, 2 * x]),
                 "half": torch.tensor([x], dtype=torch.float16), "scalar": torch.tensor(x),
+                "double": torch.tensor([x], dtype=torch.float64),  # summed in a copy
                 "num_batches_tracked": torch.tensor(count)}
     states = [(state(1.0, 7), 2), (state(2.0, 3), 3), (state(6.0, 5), 5)]
     before = [clone(s) for s, _ in states]
