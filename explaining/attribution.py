@@ -64,9 +64,9 @@ def grad_cam(model: nn.Module, image: Tensor, target: int, layer: nn.Module) -> 
     resized to the image. Raises InputError for a layer whose output is no feature map."""
     kept = []
 
-    def keep(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+    def keep(_module: nn.Module, _inputs: tuple, output: object) -> object:
         kept.append(output)
-        return output.clone()  # what follows may work in place
+        return output.clone() if isinstance(output, Tensor) else output  # others may work in place
     handle = layer.register_forward_hook(keep)
     try:
         with torch.enable_grad():

@@ -75,6 +75,29 @@ def test_integrated_gradients_are_complete():
     assert np.allclose(coarse, fine, atol=5e-3)  # 16 + 16 + 8 and 16 + 16 + 9: no step lost
 
 
+class Power(nn.Module):
+    """logit = Σ x^n, the same for every class."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
+    def forward(self, x):
+        return (x**self.n).flatten(1).sum(1, keepdim=True)
+
+
+def test_integrated_gradients_take_the_midpoints_of_so_many_steps():
+    """∂ Σ x² = 2x is linear along the path, so that one midpoint is exact: x². Of x³ the rule with
+    n steps gives x³ (1 - 1 / 4n²); 32 of them by default."""
+    x = image().double()
+    found = attribution.integrated_gradients(Power(2), x, 0, steps=1)
+    assert np.allclose(found, x.square()[0].sum(0).numpy(), rtol=1e-12)
+    cubes = x.pow(3)[0].sum(0).numpy()
+    for n, steps in ((2, {"steps": 2}), (32, {})):
+        found = attribution.integrated_gradients(Power(3), x, 0, **steps)
+        assert np.allclose(found, cubes * (1 - 1 / (4 * n * n)), rtol=1e-6)
+
+
 class Cam(nn.Module):
     """One 1×1 convolution with two channels, mean pooling, a linear head."""
 
@@ -100,6 +123,43 @@ def test_grad_cam_by_hand():
         found = attribution.grad_cam(net, x, target, net.conv)
         assert np.allclose(found, expected.numpy(), atol=1e-6)
     assert not np.allclose(attribution.grad_cam(net, x, 0, net.conv), found)
+
+
+def test_grad_cam_of_a_small_map_is_drawn_out_between_the_centres_of_its_cells():
+    """Two cells 0 and 1 over four pixels: 0, 1/4, 3/4, 1, along either side."""
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = nn.AvgPool2d(2)
+
+        def forward(self, x):
+            return 4 * self.pool(x).mean((2, 3))[:, :1]
+    net, line = Pooled(), torch.tensor([0.0, 0, 1, 1])
+    for x in (line.expand(4, 4), line[:, None].expand(4, 4)):
+        found = attribution.grad_cam(net, torch.stack([x, 0 * x, 0 * x])[None], 0, net.pool)
+        smooth = torch.tensor([0, 0.25, 0.75, 1])
+        expected = smooth.expand(4, 4) if x[0, 3] != x[0, 0] else smooth[:, None].expand(4, 4)
+        assert np.allclose(found, expected.numpy(), atol=1e-6)
+
+
+def test_a_layer_without_a_feature_map_is_refused():
+    """One that the image never reaches, one with several outputs, one with no sides."""
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.idle, self.pair, self.flat = nn.Conv2d(3, 1, 1), Pair(), nn.Flatten()
+
+        def forward(self, x):
+            return self.flat(self.pair(x)[0])
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x * 2, x
+    net = Odd()
+    for layer in (net.idle, net.pair, net.flat):
+        with pytest.raises(InputError, match="no feature map"):
+            attribution.grad_cam(net, image(4), 0, layer)
+    assert hooks(net) == 0
 
 
 def test_the_last_convolution_by_default_and_any_by_name():
@@ -180,6 +240,23 @@ def test_lime_is_the_packages_own_only_faster(monkeypatch):
     assert np.array_equal(segments, explained.segments)
     assert torch.equal(torch.cat(batches), torch.cat(own))
     assert dict(explained.local_exp[1]) == pytest.approx(dict(enumerate(weights[1])), abs=1e-9)
+
+
+@pytest.mark.parametrize("side,kernel", [(224, 4), (112, 2), (336, 6), (56, 1), (28, 1)])
+def test_superpixels_are_the_packages_default_with_its_kernel_in_proportion(monkeypatch, side,
+                                                                            kernel):
+    """LimeImageExplainer's own default: quickshift, kernel 4, distance 200, ratio 0.2."""
+    asked = []
+
+    def fake(*args, **kwargs):
+        asked.append((args, kwargs))
+        return lambda pixels: np.arange(pixels.shape[1])[None].repeat(2, 0) // (side // 2)
+    monkeypatch.setattr(attribution, "SegmentationAlgorithm", fake)
+    pixels = torch.zeros(3, 2, side, dtype=torch.uint8)
+    segments, weights = attribution.lime(lambda p: np.ones((len(p), 2)), pixels, [0], 10, seed=5)
+    assert asked == [(("quickshift",), {"kernel_size": kernel, "max_dist": 200, "ratio": 0.2,
+                                        "random_seed": 0})]
+    assert segments.shape == (2, side) and weights[0].tolist() == pytest.approx([0, 0])
 
 
 def test_lime_prints_no_bar_of_its_own(capsys):

@@ -46,6 +46,17 @@ def test_random_areas_repeat_and_follow_the_seed():
     assert a == b != c
 
 
+def test_random_areas_are_the_mean_of_four_orders_each_of_every_cell():
+    seen = []
+
+    def watch(pixels):
+        seen.append(pixels)
+        return np.full((len(pixels), 2), len(seen))
+    assert ff.random_area(watch, picture(), 0, seed=0) == pytest.approx((1 + 2 + 3 + 4) / 4)
+    assert len(seen) == 4 and not torch.equal(seen[0], seen[1])
+    assert all(torch.equal(batch[-1], seen[0][-1]) for batch in seen)
+
+
 def test_the_image_itself_is_not_painted_on():
     pixels = picture()
     before = pixels.clone()
@@ -72,6 +83,8 @@ def test_cells_of_sides_that_14_does_not_divide():
     index = ff.cell_index((40, 30))
     assert index.max() == 195 and len(np.unique(index)) == 196
     assert ff.cell_means(np.ones((40, 30))).tolist() == [1.0] * 196
+    assert ff.cell_means(np.arange(28.0 * 28).reshape(28, 28))[[0, 1, 14]].tolist() == [
+        (0 + 1 + 28 + 29) / 4, (2 + 3 + 30 + 31) / 4, (56 + 57 + 84 + 85) / 4]
 
 
 def test_randomisation_goes_from_the_head_down():
@@ -92,6 +105,17 @@ def test_randomisation_goes_from_the_head_down():
     assert all(torch.equal(everything[k], fresh[k]) for k in fresh)
 
 
+def test_layers_without_weights_are_no_layers_to_randomise():
+    net, fresh = (torch.nn.Sequential(*(torch.nn.ReLU() for _ in range(4)), torch.nn.Linear(2, 2),
+                                      torch.nn.Linear(2, 2)) for _ in range(2))
+    state = ff.randomised(net, fresh.state_dict(), 0.5)  # one of two
+    assert torch.equal(state["4.weight"], net[4].weight)
+    assert torch.equal(state["5.weight"], fresh[5].weight)
+    head = ff.randomised(net, fresh.state_dict(), 0.0)  # never none
+    assert torch.equal(head["4.weight"], net[4].weight)
+    assert torch.equal(head["5.weight"], fresh[5].weight)
+
+
 def test_randomised_resnet_keeps_every_entry():
     net, fresh = models.build("resnet18", 4, seed=0), models.build("resnet18", 4, seed=1)
     state = ff.randomised(net, fresh.state_dict(), 0.0)
@@ -105,6 +129,7 @@ def test_rank_correlation():
     assert ff.rank_correlation(a, -a) == pytest.approx(1)  # magnitudes
     assert ff.rank_correlation(a, a.max() - a) == pytest.approx(-1)
     assert ff.rank_correlation(a, np.zeros((3, 4))) == 0.0
+    assert ff.rank_correlation(np.ones((3, 4)), a) == 0.0
 
 
 def test_jaccard_of_the_top_superpixels():
@@ -113,6 +138,9 @@ def test_jaccard_of_the_top_superpixels():
     assert ff.jaccard([a, a], top=3) == 1
     assert ff.jaccard([a, b], top=3) == pytest.approx(2 / 4)
     assert ff.jaccard([a, a, b], top=3) == pytest.approx((1 + 0.5 + 0.5) / 3)
+    tens = np.arange(10.0)  # by default five: {5..9} and {0..4}; {5..9} and {4..8}
+    assert ff.jaccard([tens, -tens]) == 0
+    assert ff.jaccard([tens, np.where(tens == 9, -1, tens)]) == pytest.approx(4 / 6)
 
 
 def test_shares_inside_a_region():
@@ -125,6 +153,26 @@ def test_shares_inside_a_region():
     assert ff.rectangle((10, 20), (0, 0, 1, 1)).all()
     edges = ff.rectangle((10, 10), (0.05, 0.05, 0.95, 0.95))  # first and last pixel's centre
     assert edges[:9, :9].all() and edges.sum() == 81
+
+
+def test_a_rectangle_holds_pixels_whose_centres_are_on_its_left_or_upper_edge():
+    """Of 2 × 2 pixels the centres are at 1/4 and 3/4; the other edges are outside."""
+    assert ff.rectangle((2, 2), (0.25, 0.25, 0.75, 0.75)).tolist() == [[True, False], [False] * 2]
+    assert ff.rectangle((2, 2), (0.3, 0.25, 1, 1)).tolist() == [[False, True]] * 2
+    assert ff.rectangle((2, 2), (0.25, 0.3, 1, 1)).tolist() == [[False] * 2, [True] * 2]
+    assert ff.rectangle((2, 2), (0, 0, 0.5, 1)).tolist() == [[True, False]] * 2
+    assert ff.rectangle((2, 2), (0, 0, 1, 0.5)).tolist() == [[True] * 2, [False] * 2]
+
+
+def test_intervals_of_means_are_students():
+    """By hand: 1 and 3 have the standard error 1, and t(0.975, 1 degree of freedom) = 12.7062."""
+    found = ff.mean_interval([1.0, None, 3.0])
+    assert (found["n"], found["value"]) == (2, 2.0)
+    assert found["high"] - 2 == 2 - found["low"] == pytest.approx(12.7062, abs=1e-4)
+    three = ff.mean_interval([1.0, 2.0, 3.0])  # t(0.975, 2) = 4.3027
+    assert three["high"] == pytest.approx(2 + 4.3027 / 3**0.5, abs=1e-4)
+    assert ff.mean_interval([None, 0.25]) == {"n": 1, "value": 0.25, "low": None, "high": None}
+    assert ff.mean_interval([None]) == {"n": 0, "value": None, "low": None, "high": None}
 
 
 def test_the_background_is_the_brightest_quarter():

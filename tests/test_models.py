@@ -49,6 +49,29 @@ def test_table_3_of_the_paper(capsys, monkeypatch):
     assert "23,516,228         8,196" in capsys.readouterr().out
 
 
+def test_the_table_row_by_row(capsys, monkeypatch):
+    """By hand: 224 pixels by default become (224 - 3) // 2 + 1 = 111, and those 55."""
+    monkeypatch.setattr("sys.argv", ["architecture.py", "toynet", "--train-from", "conv2",
+                                     "--classes", "2"])
+    architecture.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:4] == [["module", "output", "shape", "parameters", "trainable"],
+                         ["conv1", "(16,", "111,", "111)", str(16 * 27), "0"],
+                         ["norm", "(16,", "111,", "111)", "32", "0"],
+                         ["relu1", "(16,", "111,", "111)", "0", "0"]]
+    assert lines[4] == ["conv2", "(24,", "55,", "55)", "3,456", "3,456"]
+    assert lines[-3:-1] == [["fc", "(2,)", "50", "50"], ["all", "4,018", "3,554"]]
+    assert " ".join(lines[-1]) == "head: fc; BatchNorm layers: 2; state entries: 14"
+    monkeypatch.setattr("sys.argv", ["architecture.py", "toynet", "--image-size", "8"])
+    architecture.main()  # four classes by default
+    assert "fc            (4,) " in capsys.readouterr().out
+    for flag, value in (("--classes", "1"), ("--image-size", "7")):
+        monkeypatch.setattr("sys.argv", ["architecture.py", "toynet", flag, value])
+        with pytest.raises(SystemExit):
+            architecture.main()
+        assert f"argument {flag}" in capsys.readouterr().err
+
+
 def test_head_is_xavier_uniform_and_everything_comes_from_the_seed():
     before = torch.get_rng_state()
     one, two, other = (models.build("resnet18", 4, seed=s) for s in (0, 0, 1))
@@ -59,6 +82,8 @@ def test_head_is_xavier_uniform_and_everything_comes_from_the_seed():
     bound = (6 / (512 + 4)) ** 0.5
     assert not one.fc.bias.any() and 0.95 * bound < one.fc.weight.abs().max() <= bound
     assert one.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert equal(models.build("toynet", 3).state_dict(), models.build("toynet", 3,
+                                                                      seed=0).state_dict())
 
 
 def test_networks_without_one_linear_head_are_refused():
@@ -66,6 +91,14 @@ def test_networks_without_one_linear_head_are_refused():
         models.build("squeezenet1_1", 4)
     with pytest.raises(InputError, match="unknown model 'resnet49'"):
         models.build("resnet49", 4)
+
+
+def test_the_head_is_the_last_linear_layer_whatever_does_nothing_after_it():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)),
+                        nn.Identity())
+    assert models.head_name(net) == "1.0"
+    with pytest.raises(InputError, match="Sequential does not end in one linear layer"):
+        models.head_name(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
 
 
 # ---- freezing -----------------------------------------------------------------------------
@@ -90,6 +123,12 @@ def test_needs_batch():
     assert not models.needs_batch(model) and not models.needs_batch(nn.Linear(2, 2))
 
 
+def test_what_a_network_cannot_take_is_said_in_one_line():
+    with pytest.raises(InputError, match="^--image-size 2 does not suit Sequential: Calculated "
+                                         "padded input size[^\n]*$"):
+        models.check_size(models.build("toynet", 3), 2)
+
+
 # ---- weights --------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -109,16 +148,42 @@ def test_imagenet_weights_come_from_the_hub_cache(imagenet_like, tmp_path, monke
     theirs, ours = imagenet_like.state_dict(), model.state_dict()
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs if not k.startswith("fc."))
     assert ours["fc.weight"].shape == (4, 512)
-    assert "head of 1000 classes dropped" in capsys.readouterr().out
+    assert "head of 1000 classes dropped, a new one of 4" in capsys.readouterr().out
+    torch.save({"fc.weight": Bomb()}, folder / url.rsplit("/", 1)[-1])  # somebody else's file
+    with pytest.raises(InputError, match="could not be had"):
+        models.build("resnet18", 4, "imagenet")
+    assert "this code ran" not in capsys.readouterr().out
 
 
 def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
-    def offline(*args, **kwargs):
+    def offline(url, path, checksum, **kwargs):
+        assert f"-{checksum}." in url  # what comes is compared with the sum in its name
         raise models.URLError("no route")
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(InputError, match="--weights PATH, or --weights none"):
         models.build("resnet18", 4, "imagenet")
+
+
+def test_weights_from_before_the_counters_of_batchnorm_are_taken(tmp_path, capsys):
+    donor = models.build("toynet", 3, seed=1).state_dict()
+    old = {k: v for k, v in donor.items() if not k.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "old.pth")
+    assert equal(models.build("toynet", 3, str(tmp_path / "old.pth")).state_dict(), donor)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_without_a_head_or_with_half_of_one(tmp_path, capsys):
+    """Where the head is the whole classifier, its absence needs no line."""
+    donor = models.build("toynet", 3, seed=1).state_dict()
+    trunk = {k: v for k, v in donor.items() if not k.startswith("fc.")}
+    torch.save(trunk, tmp_path / "trunk.pth")
+    found = models.build("toynet", 3, str(tmp_path / "trunk.pth")).state_dict()
+    assert equal({k: found[k] for k in trunk}, trunk) and capsys.readouterr().out == ""
+    torch.save(trunk | {"fc.bias": torch.zeros(9)}, tmp_path / "half.pth")
+    models.build("toynet", 3, str(tmp_path / "half.pth"))
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'half.pth'}: head of ? classes dropped, a new one of 3\n")
 
 
 def test_state_dict_file_in_half_precision(imagenet_like, tmp_path, capsys):
@@ -149,7 +214,9 @@ def test_model_pt_of_ours_round_trip(tmp_path, capsys):
     other = models.build("resnet18", 4, path, seed=0, classes=["a", "b", "c", "e"])
     assert not torch.equal(other.fc.weight, model.fc.weight)
     assert torch.equal(other.conv1.weight, model.conv1.weight)
-    assert "head dropped" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{path}: its classes differ, head dropped\n"
+    assert equal(models.build("resnet18", 4, path).state_dict(), model.state_dict())
+    assert capsys.readouterr().out == ""  # and without a list of classes any are the same
     with pytest.raises(InputError, match="holds resnet18, not resnet34"):
         models.build("resnet34", 4, path)
 
@@ -172,6 +239,8 @@ def bad_files(folder, state):
     torch.save(state, old, _use_new_zipfile_serialization=False)  # as torchvision's old files
     (folder / "old.pt").write_bytes(old.getvalue()[:5000])
     torch.save([1, 2], folder / "list.pt")
+    torch.save({}, folder / "hollow.pt")
+    torch.save(state | {"conv1.weight": 3}, folder / "number.pt")
     torch.save({k: v for k, v in state.items() if k != "conv1.weight"}, folder / "missing.pt")
     torch.save(state | {"more": torch.zeros(1)}, folder / "extra.pt")
     torch.save(state | {"conv1.weight": torch.zeros(1)}, folder / "shape.pt")
@@ -179,6 +248,7 @@ def bad_files(folder, state):
 
 @pytest.mark.parametrize("name,words", [
     ("absent.pt", "no such file"), ("cut.pt", "truncated"), ("empty.pt", "truncated"),
+    ("hollow.pt", "no state dict"), ("number.pt", r"wrong shape of conv1.weight: 3, expected \(64"),
     ("text.pt", "refused|truncated"), ("code.pt", "refused"), ("list.pt", "no state dict"),
     ("pickle.pt", "refused"), ("old.pt", "truncated"),
     ("missing.pt", "another architecture.*conv1.weight"), ("extra.pt", "architecture.*more"),
@@ -205,6 +275,46 @@ def test_a_file_cut_anywhere_or_of_noise_is_refused(tmp_path, new):
             models.read_file(path)
 
 
+@pytest.mark.parametrize(("error", "reason"), [
+    (RuntimeError("first line\nsecond line"), "first line"), (EOFError(), "it is too short")])
+def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path, monkeypatch, error, reason):
+    def broken(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(torch, "load", broken)
+    (tmp_path / "x.pt").touch()
+    with pytest.raises(InputError) as told:
+        models.read_file(tmp_path / "x.pt")
+    assert str(told.value) == f"{tmp_path / 'x.pt'}: truncated or no PyTorch file ({reason})"
+
+
+def test_equal_content_is_equal_bytes_wherever_its_keys_came_from(tmp_path):
+    """Two keys of one text, one object or two: pickle would write the second in another way."""
+    key, written = "a key of some length", []
+    for other in (key, "".join(key)):
+        models.save({"a": {key: 1}, "b": {other: 2}}, tmp_path / "x.pt")
+        written.append((tmp_path / "x.pt").read_bytes())
+    assert written[0] == written[1] and other is not key
+
+
+def test_moved_is_a_copy_even_to_where_it_is():
+    state = {"w": torch.ones(2)}
+    there = models.moved(state, "cpu")
+    there["w"].zero_()
+    assert state["w"].tolist() == [1, 1]
+
+
+def test_an_interruption_right_after_a_file_is_in_place_is_passed_on(tmp_path, monkeypatch):
+    replace = models.os.replace
+
+    def interrupted(*args):
+        replace(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(models.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        models.write_whole(tmp_path / "x", lambda file: file.write(b"new"))
+    assert (tmp_path / "x").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     models.save({"a": torch.ones(2)}, path)
@@ -220,7 +330,10 @@ def test_device_that_is_not_there():
         models.pick_device("cuda:99")
     with pytest.raises(InputError, match="not there"):
         models.pick_device("abacus")
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = False, True
     assert models.pick_device("cpu").type == "cpu"
+    assert torch.backends.cudnn.benchmark  # fastest kernels of fixed shapes,
+    assert not torch.backends.cudnn.allow_tf32  # all of them in float32
 
 
 def test_a_trunk_without_its_classifier_is_taken_and_told(capsys):
@@ -236,6 +349,8 @@ def test_a_trunk_without_its_classifier_is_taken_and_told(capsys):
     assert "trunk.pth: has no layer of the classifier" in capsys.readouterr().out
     assert torch.equal(model.features.weight, donor.features.weight.half().float())
     assert torch.equal(model.classifier[0].weight, before)
+    models.load_matching(model, donor.state_dict(), "classifier.2", "whole.pth")
+    assert equal(model.state_dict(), donor.state_dict()) and capsys.readouterr().out == ""
     part = trunk | {"classifier.0.bias": donor.classifier[0].bias.detach()}
     with pytest.raises(InputError, match="1 entries missing"):  # half a classifier is another one
         models.load_matching(model, part, "classifier.2", "part.pth")
