@@ -225,6 +225,19 @@ def test_a_published_run_is_compared_like_the_run_itself(federated, tmp_path):
         publish(federated, tmp_path / "one")
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "results").glob("*/run.json")), ids=str)
-def test_every_committed_table_is_what_its_predictions_give(folder):
-    check_published(folder.parent)
+PUBLISHED = sorted((ROOT / "results").glob("**/predictions.csv"))
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: str(file.relative_to(ROOT).parent))
+def test_every_committed_table_is_what_its_predictions_give(file):
+    check_published(file.parent)
+
+
+def test_committed_hospitals_alone_have_the_mean_of_their_predictions():
+    whole = ROOT / "results" / "alone-iid-10x5-seed0"
+    values = []
+    for k in range(4):
+        _, test, p = recomputed(whole / f"client{k}")
+        values.append((p.argmax(1) == test.labels).mean())
+    assert results(whole)["mean"]["accuracy"]["mean"] == pytest.approx(np.mean(values))
+    assert results(whole)["mean"]["accuracy"]["sd"] == pytest.approx(np.std(values, ddof=1))
