@@ -174,8 +174,9 @@ def test_permuting_members_within_a_class_changes_only_the_noise_of_the_seed():
                               sides(labels, owner)) for order in (np.arange(300), mixed))
     assert a["value"] == b["value"] and a["se"] != b["se"]
     assert a["se"] == pytest.approx(b["se"], rel=0.15)
-    again = membership.attack(score[None], (owner == 0)[None], owner < 0, sides(labels, owner))
-    assert again == a
+    again, other = (membership.attack(score[None], (owner == 0)[None], owner < 0,
+                                      sides(labels, owner), seed) for seed in (0, 1))
+    assert again == a and other["se"] != a["se"]  # seed 0, unless another is given
 
 
 def test_too_few_images_get_no_interval_and_a_constant_network_no_power():
@@ -244,6 +245,7 @@ def test_the_average_of_one_update_is_that_clients_state_bit_for_bit():
 @pytest.mark.parametrize(("here", "there", "expected"), [
     ([1.0, 2.0], [1.0, 2.0], {"equal": True, "by": 0}),
     ([1.0, 2.5], [1.0, 2.0], {"equal": False, "by": 0.25}),
+    ([0.5, 0.0], [0.25, 0.0], {"equal": False, "by": 1}),
     ([1.0, None], [1.0, 2.0], {"equal": False, "by": None}),
     ([1.0], [1.0, 2.0], {"equal": False, "by": None})])
 def test_a_replay_proves_itself_by_equal_norms(here, there, expected):
@@ -397,9 +399,15 @@ def test_the_figures_are_those_of_the_definition_pair_by_pair(runs):
     found = next(one for one in part["A2"]["controls"]["each"]
                  if (one["model"], one["images"]) == (0, 2))
     assert found["value"] == pytest.approx(share(control), abs=1e-3)
-    untrained = [i for k in range(4) for i in case.run.clients[""][k]]
-    pairs = [before[i] > before[j] for i in untrained for j in test if labels[i] == labels[j]]
+    models_alone = [phi(runs / "alone" / f"client{k}") for k in range(4)]
+    pairs, less = [], []
+    for k, own in enumerate(case.run.clients[""]):
+        rest = before - np.mean(models_alone[:k] + models_alone[k + 1:], 0)
+        same = [(i, j) for i in own for j in test if labels[i] == labels[j]]
+        pairs += [before[i] > before[j] for i, j in same]
+        less += [rest[i] > rest[j] for i, j in same]
     assert part["A1"]["placebo"]["value"] == pytest.approx(np.mean(pairs), abs=1e-3)
+    assert part["A2"]["placebo"]["value"] == pytest.approx(np.mean(less), abs=1e-3)
 
 
 def test_placebo_and_controls_hold_one_half(runs):
@@ -498,8 +506,12 @@ def test_the_round_after_the_last_is_the_one_that_a_longer_run_trains(runs, tmp_
     assert list(found) == [0, 1, 2, 3] and {len(phi) for phi in found.values()} == {360}
 
 
-def test_the_same_command_writes_the_same_bytes_into_a_numbered_folder(runs):
+def test_the_same_command_writes_the_same_bytes_into_a_numbered_folder(runs, monkeypatch):
+    bars, bar = [], privacy.tqdm
+    monkeypatch.setattr(privacy, "tqdm", lambda **more: bars.append(bar(
+        **more | {"disable": False})) or bars[0])
     measure(runs / "run", "--alone", runs / "alone", "--table", runs / "groups.csv")
+    assert bars[0].n == bars[0].total > 0  # the progress bar ends where it says
     for name in ("privacy.json", "report.md"):
         assert ((runs / "run" / "privacy" / name).read_bytes()
                 == (runs / "run" / "privacy-2" / name).read_bytes())
@@ -562,8 +574,8 @@ def test_a_federated_cross_validation_is_taken_fold_by_fold_by_all_attacks(runs,
     ({"bn": "local"}, 4, "--bn local"), ({"site_data": ["A=x", "B=y"]}, 4, "--site-data"),
     ({"partition": "given"}, 3, "--partition given"),
     ({"partition": "stain"}, 3, "--partition stain"), ({"clients": 1}, 3, "no other hospital"),
-    ({"fraction": 0.25}, 2, "--fraction"), ({"partition": "shards"}, 0, ""),
-    ({"split": "stratified"}, 0, "")])
+    ({"fraction": 0.25}, 2, "--fraction"), ({"fraction": 0.5}, 0, ""),
+    ({"partition": "shards"}, 0, ""), ({"split": "stratified"}, 0, "")])
 def test_what_allows_no_statement_is_one_line(runs, changed, attacks, words):
     arguments = json.loads((runs / "run" / "run.json").read_text("utf-8"))["arguments"]
     why = privacy.refused(arguments | changed)
