@@ -323,8 +323,9 @@ def test_whose_image_by_hand():
     assert found["permuted"] != membership.sources(phi, [2, 5], case, seed=1)["permuted"]
     right = found["permuted"]["value"] * 4 * 1000  # in a thousand permutations
     assert right == pytest.approx(round(right), abs=1e-6)
-    one = membership.sources(np.array([[1.], [0]]), [0, 1], dealt([0]))
+    one = membership.sources(np.array([[1.], [0], [0]]), [0, 1, 2], dealt([0]))
     assert one["largest"] == one["permuted"]["value"] == one["value"] == 1
+    assert one["matrix"] == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
 # ---- parts of the audit -------------------------------------------------------------------------
