@@ -8,6 +8,7 @@ import io
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,12 @@ def test_a_hospitals_own_folder_may_be_there_only_where_a_run_goes_on(tmp_path, 
     assert process()._take_site(site_flags(out=str(tmp_path))) == "A"
 
 
+def test_the_first_process_measures_all_and_every_hospital_its_own():
+    for job, measured in ((process(0), 3), (process(1), 0), (process(0, sites="AB"), 3),
+                          (process(1, sites="AB"), 3)):
+        assert job.part(np.arange(3)).tolist() == list(range(measured))
+
+
 # ---- what crosses -------------------------------------------------------------------------------
 
 def test_a_site_refuses_what_is_not_on_the_list():
@@ -194,6 +201,7 @@ def start(monkeypatch, main):
         monkeypatch.setattr(sys, name, value)
     monkeypatch.setattr(processes.signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(processes.os, "_exit", leave)
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: pytest.fail("it waits"))
 
     def run(argv, job):
         job.store = Store()

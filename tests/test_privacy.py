@@ -290,6 +290,8 @@ def test_what_the_figures_draw(runs, tmp_path, monkeypatch):
         assert [there.min(), there.max()] == pytest.approx(expected, abs=1e-8)
     part = result["parts"][""]
     line = roc.lines[0]
+    assert [x.get_label() for x in roc.lines] == [
+        "A1, model.pt", "A1, last.pt", "A2", "A3, round 1", "A3, round 4", "chance"]
     assert line.get_xdata().tolist() == [k / 40 for k in range(1, 40)]
     assert line.get_ydata().tolist() == part["A1"]["best"]["curve"][1:]
     assert roc.get_xlim() == (1 / 120, 1) and roc.get_ylim() == (1 / 40, 1.05)
