@@ -2,6 +2,7 @@
 
 import checks
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,7 @@ CASES = [
         ("--lr", "-1"), ("--lr", "nan"), ("--weight-decay", "-1"),
         ("--clip", "-1"), ("--label-smoothing", "1.5"), ("--expand", "0"), ("--mu", "-1"),
         ("--fraction", "0"), ("--fraction", "1.5"), ("--alpha", "0"), ("--alpha", "inf"),
+        ("--timeout", "0"),
         ("--augment", "odd"), ("--remove", "odd"), ("--seed", "-1"), ("--split-seed", "-1"),
         ("--plateau", "-1"),
         ("--early-stop", "-1"), ("--classes-per-client", "0"), ("--optimizer", "adagrad"),
@@ -178,6 +180,23 @@ def test_one_clear_line_and_exit_code_2(place, tmp_path, monkeypatch, capsys, sc
     assert error.count("\n") == 1 and "error: " in error and "Traceback" not in error
     assert words in error
     assert sorted(p.name for p in place.iterdir()) == before
+
+
+@pytest.mark.parametrize(("kind", "text", "words"), [
+    (checks.number(0), "x", "'x' is not a number"),
+    (checks.integer(1), "2.5", "'2.5' is not a whole number"),
+    (checks.integer(1), "0", "0 is outside [1, 4294967295]"),
+    (checks.number(0), "-0.1", "-0.1 is outside [0, ∞)"),
+    (checks.number(0), "inf", "inf is outside [0, ∞)"),
+    (checks.number(0, open_low=True), "0", "0 is outside (0, ∞)"),
+    (checks.number(0, 0.5), "0.51", "0.51 is outside [0, 0.5]"),
+    (checks.number(0, 0.5), "nan", "nan is outside [0, 0.5]")])
+def test_a_number_outside_of_its_interval_is_refused_and_its_ends_are_not(kind, text, words):
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        kind(text)
+    assert str(error.value) == words
+    ends = checks.number(0)("0"), checks.number(0, 0.5)("0.5"), checks.integer(1)("1")
+    assert ends == (0, 0.5, 1) and checks.number(0, 1, open_low=True)("1e-9") == 1e-9
 
 
 def test_changed_images_are_noticed_on_resume(place, tmp_path):

@@ -28,7 +28,7 @@ from helpers import (
 
 import models
 import train_federated
-from reporting import provenance
+from reporting import finished, provenance
 from training import processes
 from training.processes import Job
 
@@ -408,6 +408,10 @@ def test_sites_keep_their_images_splits_and_predictions(site_run):
     confusion = sum(np.array(x["best"]["test"]["confusion"]) for x in own)
     assert np.array_equal(pooled["best"]["test"]["confusion"], confusion)
     assert pooled["best"]["test"]["n"] == 7 and pooled["best"]["test"]["roc_auc"] is None
+    losses = [r["val_loss"] for r in finished.read_history(north)]
+    for content in (pooled["best"], own[0]["best"], own[1]["best"],
+                    models.read_file(south / "South" / "model.pt")):
+        assert content["round"] == 1 + losses.index(min(losses))
     assert [c["n"] for c in pooled["best"]["test"]["clients"]] == [5, 2]
     loss = sum(x["best"]["val"]["loss"] * x["best"]["val"]["n"] for x in own) / 7
     assert pooled["best"]["val"]["loss"] == pytest.approx(loss, rel=1e-12)
@@ -430,6 +434,9 @@ def test_every_payload_is_on_the_list(site_run):
             records.append(json.load(file))
         assert set(records[-1]["sent"]) <= {"agreement", "counts", "header", "update",
                                             "state", "records", "tally", "confusion"}
+        assert sum(records[-1]["sent"].values()) == sum(
+            np.prod(shape, dtype=int) * getattr(torch, dtype.removeprefix("torch.")).itemsize
+            for _, dtype, shape, _ in records[-1]["seen"])
     north, south = (r["seen"] for r in records)
     sent = [(dtype, shape[0]) for name, dtype, shape, _ in south if name == "isend"]
     assert sent == [header, *whole] * 2  # of each round its own update, and nothing else

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from helpers import PLAIN, average, clone, equal, plain_net, toy_images, write_tree
 from PIL import Image
-from scipy.stats import betabinom, norm
+from scipy.stats import betabinom
 from torch import nn
 
 import audit
@@ -42,195 +42,6 @@ MEMORY = ["--model", "memonet", "--weights", "none", "--image-size", "8", "--bat
 SAID = "Replayed update norms of round 1 equal the recorded ones:"
 
 
-def sides(labels, owner, groups=None, single=None):
-    n = len(labels)
-    return membership.Sides(np.arange(n), np.asarray(labels), np.arange(n) if groups is None else
-                            np.asarray(groups), np.asarray(owner),
-                            np.ones(n, dtype=bool) if single is None else np.asarray(single))
-
-
-def auc(scores, members, labels):
-    """The stratified AUC of one target, all others non-members."""
-    members = np.asarray(members, dtype=bool)
-    return membership.stratified_auc(np.asarray(scores, float)[None], members[None], ~members,
-                                     np.asarray(labels), np.ones((1, len(members)), int))[0]
-
-
-# ---- figures ------------------------------------------------------------------------------------
-
-def test_the_hand_case():
-    assert auc([2, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]) == 0.875
-
-
-def test_pooling_classes_would_invent_leakage():
-    """Within each class all scores tie. Members are mostly of class 0, which scores higher; as
-    each class is on both sides, pooling can come close to 1 and not reach it."""
-    labels = np.repeat([0, 1, 0, 1], [999, 1, 1, 999])
-    members = np.repeat([True, False], 1000)
-    assert auc(1.0 - labels, members, np.zeros(2000, int)) == 0.999
-    assert auc(1.0 - labels, members, labels) == 0.5
-
-
-def test_saturated_logits_keep_their_order():
-    logits = np.array([[40, 0, 0, 0], [50, 0, 0, 0]], np.float32)
-    low, high = membership.margin(logits, np.array([0, 0]))
-    assert (low, high) == pytest.approx((40 - np.log(3), 50 - np.log(3)), abs=1e-12) and low < high
-    p = torch.from_numpy(logits).softmax(1)[:, 0]
-    assert p[0] == p[1]  # what float32 probabilities make of them
-    assert membership.margin(np.array([[1., 2.], [3., 0.]]), np.array([1, 1])).tolist() == [1, -3]
-
-
-def test_beta_bounds():
-    found = membership.false_rate(0, 325)
-    assert found["false_low"] == 0 and found["false_high"] == pytest.approx(0.009175, abs=5e-7)
-    found = membership.false_rate(3, 325)
-    assert found["false_low"] == pytest.approx(0.003363, abs=5e-7)
-    assert found["false_high"] == pytest.approx(0.026738, abs=5e-7)
-
-
-def test_few_false_alarms_are_counted_at_zero_and_one_in_a_hundred():
-    """200 non-members 0 … 199 of class 0, and as many of class 1, 1000 higher: less their medians
-    the classes are alike. Members at 97.5, 99.5 and 99.75 above the median of their class;
-    ties do not count as caught."""
-    labels = np.repeat([0, 1], 203)
-    one = np.r_[np.arange(200), 99.5 + 97.5, 99.5 + 99.5, 99.5 + 99.75]
-    score = np.r_[one, one + 1000]
-    member = np.tile(np.r_[np.zeros(200), np.ones(3)], 2).astype(bool)
-    zero, four = membership.rates(score, member, ~member, labels)
-    assert (zero["false_positives"], zero["hits"], zero["members"]) == (0, 2, 6)
-    assert (four["false_positives"], four["hits"], four["n"]) == (4, 4, 400)
-    assert four["value"] == 4 / 6
-    assert (four["low"], four["high"]) == pytest.approx((0.222778, 0.956728), abs=5e-7)
-    rows = privacy_page.rate_rows("A1", [zero, four])
-    assert rows[-1][1:3] == ["0.1%", "not resolvable below 1/400 = 0.0025"]
-    few = membership.rates(score[:203], member[:203], ~member[:203] & (score[:203] > 150),
-                           labels[:203])
-    assert [r["false_positives"] for r in few] == [0]
-    assert privacy_page.rate_rows("A1", few)[-1][1] == "1.0%, 0.1%"
-
-
-def simulate(rng, shift, members=120, outside=60, targets=1, spread=0.0):
-    """An attack on normal scores of two classes; `targets` of them share what an image has."""
-    n = members + outside
-    owner = np.r_[np.arange(members) % targets, np.full(outside, -1)]
-    scores = rng.normal(0, 1, n) + spread * rng.normal(0, 1, (targets, n))
-    case = sides(np.arange(n) // targets % 2, owner)
-    inside = case.members(range(targets))
-    return membership.attack(scores + shift * inside, inside, case.outside, case)
-
-
-def test_the_smallest_auc_is_found_in_four_of_five_cases(monkeypatch):
-    monkeypatch.setattr(membership.metrics, "BOOTSTRAP", 200)
-    rng = np.random.default_rng(0)
-    nothing = [simulate(rng, 0) for _ in range(100)]
-    smallest = np.mean([found["detectable"] for found in nothing])
-    shift = np.sqrt(2) * norm.ppf(smallest)  # AUC = Φ(shift / √2)
-    told = [abs(found["value"] - 0.5) > 1.96 * found["se"]
-            for found in (simulate(rng, shift) for _ in range(300))]
-    assert 0.74 < np.mean(told) < 0.86
-    assert np.mean([abs(f["value"] - 0.5) > 1.96 * f["se"] for f in nothing]) < 0.12
-
-
-def test_all_scores_of_an_image_are_drawn_together(monkeypatch):
-    """Four targets whose non-members have nearly the same scores under each: drawn apart, the
-    standard error would be half of what repeating the whole experiment shows."""
-    monkeypatch.setattr(membership.metrics, "BOOTSTRAP", 200)
-    rng = np.random.default_rng(1)
-    found = [simulate(rng, 0, targets=4, members=400, outside=40, spread=0.05) for _ in range(60)]
-    true = np.std([f["value"] for f in found], ddof=1)
-    assert np.mean([f["se"] for f in found]) == pytest.approx(true, rel=0.2)
-    one = found[0]
-    assert (one["members"], one["non_members"]) == (400, 40)
-
-
-def test_whole_groups_are_drawn():
-    rng = np.random.default_rng(2)
-    score = np.repeat(rng.normal(0, 1, 60), 4)
-    owner = np.repeat([0, -1], 120)
-    alone, grouped = (membership.attack(score[None], (owner == 0)[None], owner < 0, case)
-                      for case in (sides(np.zeros(240, int), owner),
-                                   sides(np.zeros(240, int), owner, np.arange(240) // 4)))
-    assert alone["value"] == grouped["value"]
-    assert grouped["se"] / alone["se"] == pytest.approx(2, rel=0.1)
-
-
-def test_classes_and_sides_are_drawn_apart():
-    """Each keeps its size in every resample, and equal sizes do not mean equal draws."""
-    labels, member = np.repeat([0, 1, 0, 1], 20), np.repeat([True, False], 40)
-    counts = membership.resample(member, ~member, labels, np.arange(80), 0).reshape(-1, 4, 20)
-    assert (counts.sum(2) == 20).all()
-    assert not any((counts[:, i] == counts[:, j]).all() for i in range(4) for j in range(i))
-
-
-def test_permuting_members_within_a_class_changes_only_the_noise_of_the_seed():
-    rng = np.random.default_rng(3)
-    labels, owner = np.arange(300) % 3, np.where(np.arange(300) < 200, 0, -1)
-    score = rng.normal(0, 1, 300) + labels
-    mixed = np.arange(300)
-    for c in range(3):
-        here = np.flatnonzero((labels == c) & (owner == 0))
-        mixed[here] = rng.permutation(here)
-    a, b = (membership.attack(score[order][None], (owner == 0)[None], owner < 0,
-                              sides(labels, owner)) for order in (np.arange(300), mixed))
-    assert a["value"] == b["value"] and a["se"] != b["se"]
-    assert a["se"] == pytest.approx(b["se"], rel=0.15)
-    again = membership.attack(score[None], (owner == 0)[None], owner < 0, sides(labels, owner))
-    assert again == a
-
-
-def test_too_few_images_get_no_interval_and_a_constant_network_no_power():
-    case = sides(np.zeros(35, int), np.r_[np.zeros(26, int), np.full(9, -1)])
-    found = membership.attack(np.arange(35.)[None], case.members([0]), case.outside, case)
-    assert found["value"] == 0 and found["low"] is found["detectable"] is None
-    assert privacy_page.said(found, False) == "too few images"
-    case = sides(np.zeros(60, int), np.repeat([0, -1], 30))
-    found = membership.attack(np.zeros((1, 60)), case.members([0]), case.outside, case)
-    assert found["value"] == 0.5 and found["detectable"] is None
-
-
-def test_an_image_with_a_partner_in_training_is_left_out_on_both_sides():
-    #       train: 0 1 2 3, test: 4 5 6; 7 validates and is on no side
-    groups = np.array([9, 9, 5, 1, 1, 2, 2, 5])
-    split = {"train": np.arange(4), "test": np.array([4, 5, 6]), "val": np.array([7])}
-    found = membership.make_sides(np.zeros(8, int), split, [np.array([0, 2]), np.array([1, 3])],
-                                  groups)
-    assert found.indices.tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert found.owner.tolist() == [0, 1, 0, 1, -1, -1, -1]
-    # 0 and 1 are each other's; 2 has one in validation only; 3 has one in test only
-    assert found.single.tolist() == [False, False, True, True, False, True, True]
-    assert found.members([0, 1]).sum(1).tolist() == [1, 1] and found.outside.sum() == 2
-
-
-def test_references_controls_and_sources_of_planted_memories():
-    """Four models that score their own images by 3 higher, nothing else."""
-    rng, n = np.random.default_rng(4), 500
-    owner = np.r_[np.arange(400) % 4, np.full(100, -1)]
-    case = sides(np.arange(n) // 4 % 4, owner)
-    phi = rng.normal(0, 3, n) + rng.normal(0, 0.5, (4, n)) + 3 * case.members(range(4))
-    assert membership.of_others(phi)[1] == pytest.approx(phi[[0, 2, 3]].mean(0))
-    found = membership.described(phi - membership.of_others(phi), case.members(range(4)), case)
-    raw = membership.attack(phi, case.members(range(4)), case.outside, case)
-    assert found["low"] > 0.99 and raw["high"] < 0.85  # without reference, difficulty hides it
-    null = membership.controls(phi, [0, 1, 2, 3], case)
-    assert len(null["each"]) == 12 and null["low"] < 0.5 < null["high"]
-    assert sum(map(privacy_page.holds, null["each"])) >= 10
-    nobody = membership.of_nobody(phi - membership.of_others(phi), case)
-    assert nobody["low"] < 0.5 < nobody["high"] and nobody["members"] + nobody["non_members"] == 100
-    source = membership.sources(phi, [0, 1, 2, 3], case)
-    assert source["value"] > 0.98 and source["permuted"]["value"] == pytest.approx(0.25, abs=0.01)
-    assert np.sum(source["matrix"]) == source["n"] == 400 and source["one_of_k"] == 0.25
-
-
-def test_owners_are_permuted_within_their_class():
-    """Hospital c owns 97 of 100 images of class c and its model favours that class, no image."""
-    labels = np.repeat(np.arange(4), 100)
-    owner = np.where(np.arange(400) % 100 < 97, labels, (labels + 1) % 4)
-    phi = (labels == np.arange(4)[:, None]) * 5.0
-    found = membership.sources(phi, [0, 1, 2, 3], sides(labels, owner))
-    assert found["value"] == 0.97  # all of it is the class
-    assert found["permuted"]["value"] == pytest.approx(0.97, abs=1e-12)
-
-
 # ---- the replay ---------------------------------------------------------------------------------
 
 def test_the_average_of_one_update_is_that_clients_state_bit_for_bit():
@@ -244,6 +55,7 @@ def test_the_average_of_one_update_is_that_clients_state_bit_for_bit():
 @pytest.mark.parametrize(("here", "there", "expected"), [
     ([1.0, 2.0], [1.0, 2.0], {"equal": True, "by": 0}),
     ([1.0, 2.5], [1.0, 2.0], {"equal": False, "by": 0.25}),
+    ([0.5, 0.0], [0.25, 0.0], {"equal": False, "by": 1}),
     ([1.0, None], [1.0, 2.0], {"equal": False, "by": None}),
     ([1.0], [1.0, 2.0], {"equal": False, "by": None})])
 def test_a_replay_proves_itself_by_equal_norms(here, there, expected):
@@ -397,9 +209,15 @@ def test_the_figures_are_those_of_the_definition_pair_by_pair(runs):
     found = next(one for one in part["A2"]["controls"]["each"]
                  if (one["model"], one["images"]) == (0, 2))
     assert found["value"] == pytest.approx(share(control), abs=1e-3)
-    untrained = [i for k in range(4) for i in case.run.clients[""][k]]
-    pairs = [before[i] > before[j] for i in untrained for j in test if labels[i] == labels[j]]
+    models_alone = [phi(runs / "alone" / f"client{k}") for k in range(4)]
+    pairs, less = [], []
+    for k, own in enumerate(case.run.clients[""]):
+        rest = before - np.mean(models_alone[:k] + models_alone[k + 1:], 0)
+        same = [(i, j) for i in own for j in test if labels[i] == labels[j]]
+        pairs += [before[i] > before[j] for i, j in same]
+        less += [rest[i] > rest[j] for i, j in same]
     assert part["A1"]["placebo"]["value"] == pytest.approx(np.mean(pairs), abs=1e-3)
+    assert part["A2"]["placebo"]["value"] == pytest.approx(np.mean(less), abs=1e-3)
 
 
 def test_placebo_and_controls_hold_one_half(runs):
@@ -472,6 +290,8 @@ def test_what_the_figures_draw(runs, tmp_path, monkeypatch):
         assert [there.min(), there.max()] == pytest.approx(expected, abs=1e-8)
     part = result["parts"][""]
     line = roc.lines[0]
+    assert [x.get_label() for x in roc.lines] == [
+        "A1, model.pt", "A1, last.pt", "A2", "A3, round 1", "A3, round 4", "chance"]
     assert line.get_xdata().tolist() == [k / 40 for k in range(1, 40)]
     assert line.get_ydata().tolist() == part["A1"]["best"]["curve"][1:]
     assert roc.get_xlim() == (1 / 120, 1) and roc.get_ylim() == (1 / 40, 1.05)
@@ -498,8 +318,12 @@ def test_the_round_after_the_last_is_the_one_that_a_longer_run_trains(runs, tmp_
     assert list(found) == [0, 1, 2, 3] and {len(phi) for phi in found.values()} == {360}
 
 
-def test_the_same_command_writes_the_same_bytes_into_a_numbered_folder(runs):
+def test_the_same_command_writes_the_same_bytes_into_a_numbered_folder(runs, monkeypatch):
+    bars, bar = [], privacy.tqdm
+    monkeypatch.setattr(privacy, "tqdm", lambda **more: bars.append(bar(
+        **more | {"disable": False})) or bars[0])
     measure(runs / "run", "--alone", runs / "alone", "--table", runs / "groups.csv")
+    assert bars[0].n == bars[0].total > 0  # the progress bar ends where it says
     for name in ("privacy.json", "report.md"):
         assert ((runs / "run" / "privacy" / name).read_bytes()
                 == (runs / "run" / "privacy-2" / name).read_bytes())
@@ -562,8 +386,8 @@ def test_a_federated_cross_validation_is_taken_fold_by_fold_by_all_attacks(runs,
     ({"bn": "local"}, 4, "--bn local"), ({"site_data": ["A=x", "B=y"]}, 4, "--site-data"),
     ({"partition": "given"}, 3, "--partition given"),
     ({"partition": "stain"}, 3, "--partition stain"), ({"clients": 1}, 3, "no other hospital"),
-    ({"fraction": 0.25}, 2, "--fraction"), ({"partition": "shards"}, 0, ""),
-    ({"split": "stratified"}, 0, "")])
+    ({"fraction": 0.25}, 2, "--fraction"), ({"fraction": 0.5}, 0, ""),
+    ({"partition": "shards"}, 0, ""), ({"split": "stratified"}, 0, "")])
 def test_what_allows_no_statement_is_one_line(runs, changed, attacks, words):
     arguments = json.loads((runs / "run" / "run.json").read_text("utf-8"))["arguments"]
     why = privacy.refused(arguments | changed)

@@ -115,8 +115,9 @@ def test_like_copies_split_network_seed_recipe_and_budget(tree, tmp_path):
     train_central.main(["--resume", str(tmp_path / "central")])  # needs the other run no more
 
 
-def test_the_schedule_steps_at_validations(tree, tmp_path, monkeypatch):
-    losses = iter([3.0, 4.0, 4.0, 4.0, 4.0])
+def test_the_schedule_steps_at_validations(tree, tmp_path, monkeypatch, capsys):
+    losses, bars, bar = iter([3.0, 4.0, 4.0, 4.0, 4.0]), [], train_central.tqdm
+    monkeypatch.setattr(train_central, "tqdm", lambda **more: bars.append(more) or bar(**more))
     monkeypatch.setattr(evaluation.Evaluation, "tally", lambda *a: [7, 0, 7 * next(losses)])
     out = central(tree, tmp_path / "run", "--folds", 1, "--epochs", 20, "--period", 2, "--lr", 0.5,
                   "--plateau", 1, "--early-stop", 4)
@@ -125,6 +126,10 @@ def test_the_schedule_steps_at_validations(tree, tmp_path, monkeypatch):
     assert [r["lr"] for r in lines] == [0.5] * 6 + [0.1] * 4
     assert [r["epoch"] for r in lines if r["val_loss"] is not None] == [2, 4, 6, 8, 10]
     assert models.read_file(out / "model.pt")["epoch"] == 2
+    assert [(b["total"], b["desc"]) for b in bars] == [(58, f"epoch {k}/20") for k in range(1, 11)]
+    said = capsys.readouterr().out
+    assert "early stop: no better validation loss for 4 validations" in said
+    assert "----" not in said  # one split is no part of anything
 
 
 # ---- k-fold -------------------------------------------------------------------------------------
@@ -284,7 +289,10 @@ def test_defaults_are_the_papers_and_the_demonstrations():
         parts.settle(given, toy_images(20))  # what is not given follows from the images
         assert given.split == split
     small = parse()
-    assert (small.epochs, small.model, small.weights, small.folds) == (20, "resnet18", "none", 5)
+    assert (small.epochs, small.model, small.weights, small.folds, small.early_stop) == (
+        20, "resnet18", "none", 5, 5)
+    least = parse("--epochs", "1", "--period", "1")
+    assert (least.epochs, least.period) == (1, 1)
 
 
 def test_lost_weights_stop_the_run_with_the_last_good_state(tree, tmp_path, capsys):
@@ -309,3 +317,34 @@ def test_a_run_made_before_folds_is_like_one_split(monkeypatch):
     args = argparse.Namespace(like="old", seed=0, folds=5, epochs=40, bn="train", period=1)
     assert train_central.defaults(args) == {"folds": 1, "seed": 5, "bn": "train", "epochs": 6,
                                             "period": 2}
+    monkeypatch.setattr(train_central.experiment, "prepare", lambda *a: 1 / 0)
+    args.local_only = False
+    for args.folds, raised in ((1, ZeroDivisionError), (2, InputError), (5, InputError)):
+        with pytest.raises(raised, match="zero" if args.folds == 1 else "--folds is 1 there"):
+            train_central.prepare(args)
+
+
+def test_only_flags_that_differ_and_are_not_derived_are_said(capsys):
+    recorded = {"lr": 0.1, "weight_decay": 0.5, "seed": 3, "rounds": 5, "epochs": 9, "data": "x",
+                "bn": "local"}
+    train_central.say_differences(argparse.Namespace(
+        like="run", lr=0.2, weight_decay=0.0, seed=3, epochs=4, data="y", bn="train",
+        batch_size=8), recorded)
+    assert capsys.readouterr().err == ("note: --lr is 0.2, and 0.1 in run\n"
+                                       "note: --weight-decay is 0.0, and 0.5 in run\n")
+
+
+def test_central_training_is_refused_under_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="in one process, not under torchrun"):
+        train_central.prepare(argparse.Namespace())
+
+
+def test_a_line_of_an_epoch_by_hand():
+    record = {"loss": 0.7, "accuracy": 0.5, "images": 58, "steps": 8, "skipped_steps": 1}
+    assert train_central.make_record(3, 0.1, record, [8, 6, 4.0], 2.0) == {
+        "epoch": 3, "lr": 0.1, "val_loss": 0.5, "val_accuracy": 0.75, "train_loss": 0.7,
+        "train_accuracy": 0.5, "images": 58, "steps": 8, "skipped_steps": 1, "seconds": 2.0,
+        "images_per_second": 29}
+    unseen = train_central.make_record(3, 0.1, record, [0, 0, 0.0], 2.0)
+    assert unseen["val_loss"] is unseen["val_accuracy"] is None

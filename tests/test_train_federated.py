@@ -1,5 +1,6 @@
 """The real script on real files: what it writes, that it repeats, resumes and survives kills."""
 
+import argparse
 import csv
 import json
 import os
@@ -45,6 +46,9 @@ def test_smoke_the_run_folder_holds_what_the_design_lists(hard_run, tree):
     assert run["classes"] == ["Benign", "Early", "Pre"] and len(run["fingerprint"]) == 64
     assert run["machine"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert run["machine"]["amp_auto"] == str(models.pick_precision("auto", torch.device("cpu")))
+    precision = run["machine"]["amp_auto"]
+    assert f"; toynet on cpu, {'float32' if precision == 'None' else 'autocast ' + precision}\n" \
+        in done.stdout
     for record in map(json.loads, (out / "history.jsonl").read_text().splitlines()):
         assert record["images_per_second"] == record["images"] / record["seconds"]
     rows = list(csv.DictReader((out / "split.csv").open()))
@@ -254,6 +258,71 @@ def test_best_round_is_the_earliest_on_ties_and_undefined_losses_never_win():
     assert evaluation.best_index(nothing) == 3  # no validation: the last
 
 
+def losses_of(*losses):
+    return [{"val_loss": loss} for loss in losses]
+
+
+def test_a_run_is_stale_after_so_many_validations_in_a_row_that_were_not_better():
+    assert evaluation.is_stale(losses_of(0.5, 0.5), 1) and evaluation.is_stale(
+        losses_of(0.5, 0.6, None), 2)
+    for losses, patience in (((), 1), ((0.5,), 1), ((0.5, 0.4), 1), ((0.5, 0.6), 2), ((0.5,), 0),
+                             ((0.5, 0.6, 0.7), 0)):  # 0: never
+        assert not evaluation.is_stale(losses_of(*losses), patience)
+
+
+def test_a_loss_is_better_only_by_more_than_one_in_ten_thousand():
+    def rate(*losses, patience=1):
+        return evaluation.plateau_lr(losses_of(*losses), 1.0, patience)
+    edge = 1 - 1e-4
+    assert rate(1.0, 1.0, 1.0) == rate(1.0, edge, edge) == rate(None, None) == 0.2
+    assert rate(1.0, 0.9998, 0.9998) == rate(None) == rate(1.0, 1.0) == 1
+    assert rate(*[1.0] * 7, patience=5) == evaluation.plateau_lr(losses_of(*[1.0] * 7), 1.0) == 0.2
+    assert rate(*[1.0] * 6, patience=5) == evaluation.plateau_lr(losses_of(*[1.0] * 6), 1.0) == 1
+    assert evaluation.plateau_lr(losses_of(*[1.0] * 9), 1e-7, 1) == 1e-7  # never raised
+
+
+def test_figures_of_a_round_are_pooled_over_the_images_of_those_averaged():
+    clients = [{"images": 30, "steps": 3, "left_out": True, "loss": float("nan"), "accuracy": 0.0},
+               {"images": 10, "steps": 1, "left_out": False, "loss": 1.0, "accuracy": 0.5},
+               {"images": 30, "steps": 4, "left_out": False, "loss": 2.0, "accuracy": 1.0}]
+    record = train_federated.make_record(4, 0.1, clients, [8, 6, 4.0], 2.0)
+    assert record.pop("clients")[0]["loss"] is None
+    assert record == {"round": 4, "lr": 0.1, "val_loss": 0.5, "val_accuracy": 0.75,
+                      "train_loss": 70 / 40, "train_accuracy": 35 / 40, "images": 70, "steps": 8,
+                      "seconds": 2.0, "images_per_second": 35}
+    site = clients[1] | {"accuracy": None}  # a hospital keeps it to itself
+    record = train_federated.make_record(1, 0.1, [site], [0, 0, 0.0], 2.0)
+    assert (record["train_loss"], record["train_accuracy"], record["val_loss"]) == (1, None, None)
+
+
+def test_the_progress_bar_counts_what_this_process_trains_on_and_one_process_shows_it(monkeypatch):
+    monkeypatch.setattr(train_federated, "tqdm", lambda **more: more)
+    args = run_folder.parse("x", train_federated.GROUPS, train_federated.defaults,
+                            ["--local-epochs", "2", "--expand", "3", "--rounds", "9"])
+    clients = [np.arange(5), np.arange(7), np.arange(11)]
+    bar = train_federated.progress_bar(args, "run", clients, [0, 2], 4)
+    assert (bar["total"], bar["desc"], bar["disable"]) == (2 * 3 * 16, "round 4/9", None)
+    assert train_federated.progress_bar(args, None, clients, [], 4)["disable"] is True
+
+
+@pytest.mark.parametrize(("best", "measured"), [(1, ["last", "best"]), (2, ["last"])])
+def test_the_best_network_is_measured_by_itself_unless_it_is_the_last(tmp_path, monkeypatch, best,
+                                                                      measured):
+    def state(name, number):
+        return {"state": name, "round": number, "local_bn": {}, "history": []}
+    monkeypatch.setattr(models, "read_file", lambda path: state("best", best))
+    monkeypatch.setattr("reporting.report.write_run", lambda *a: a)
+    split = {"val": np.arange(2), "test": np.arange(2, 6)}
+    looked = argparse.Namespace(images=toy_images(6), split=split, shares={}, logits=lambda part,
+                                state, local_bn: (part, state))
+    _, results, *_, logits, _ = evaluation.finish(
+        tmp_path, argparse.Namespace(data=None, model="toynet"), looked, state("last", 2))
+    assert results["synthetic"] and results["best"] == {"round": best}
+    for name in ("last", "best"):
+        assert logits[name] == {part: (part, name if name in measured else "last")
+                                for part in split}
+
+
 def test_all_updates_lost_stops_with_the_last_good_state(tree, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train(tree, tmp_path / "run", "--optimizer", "sgd", "--lr", "1e38", "--clip", "0")
@@ -280,6 +349,13 @@ def test_demonstration_defaults_yield_to_flags(tmp_path):
         "average", "inverse", "shuffle")
     parts.settle(real, toy_images(20))  # what is not given follows from the images
     assert (real.clients, real.split, real.partition) == (4, "random", "iid")
+    assert (real.timeout, real.folds, real.site_data, real.classes) == (1800, 1, None, None)
+    assert parse("--site-data", "A=x").model == "resnet50"  # images of hospitals are no drawn ones
+    small = parse("--mu", "0", "--timeout", "0.1", "--fraction", "0.1", "--rounds", "1",
+                  "--local-epochs", "1")
+    assert (small.mu, small.timeout, small.fraction, small.rounds, small.local_epochs) == (
+        0, 0.1, 0.1, 1, 1)
+    assert parse("--mu", "0.1", "--fraction", "1").mu == 0.1
 
 
 def test_numbered_folders_by_default(tree, tmp_path, monkeypatch):
