@@ -1,5 +1,6 @@
 """--table: what one CSV file says of each image, and what follows from it."""
 
+import checks
 from checks import InputError
 
 import argparse
@@ -8,7 +9,8 @@ import json
 
 import numpy as np
 import pytest
-from helpers import SMALL, history, same_run, train, write_tree
+import torch
+from helpers import SMALL, history, same_run, toy_images, train, write_tree
 from scipy.stats import t
 
 import audit
@@ -107,6 +109,7 @@ def test_a_path_is_also_tried_as_a_name_where_one_file_fits(tmp_path):
      "1 row.s. with an unknown split, not train, val or test: a/a-002.png .'fit'."),
     (["path"], [["a/a-001.png"], ["a/a-001.png"]], "1 path.s. are named twice: a/a-001.png"),
     (["path"], [["x1"], ["x2"], ["x3"], ["x4"]], "4 path.s. are no image .*: x1, x2, x3, ..."),
+    (["path"], [["x1"], ["x2"], ["x3"]], "3 path.s. are no image under .*: x1, x2, x3$"),
     (["path"], [["a/a-001.png"]], "3 image.s. are not in it .--skip-unlisted"),
     (["path", "label"], [["a/a-001.png"]], "row 2 has 1 fields, the header has 2"),
     (["path", "label"], [["a/a-001.png", "x", "y"]], "row 2 has 3 fields, the header has 2"),
@@ -162,7 +165,8 @@ def test_a_column_that_is_there_is_used(known, capsys):
     images = known[2]()
     args = settled(images)
     assert (args.split, args.partition, args.clients) == ("given", "given", 3)
-    assert "patient used, split used, client used" in capsys.readouterr().out
+    assert capsys.readouterr().out == ("given with the images: patient used, split used, client "
+                                       "used; --split given, --partition given\n")
     split = parts.make_split(args, images)
     assert [len(split[p]) for p in ("train", "val", "test")] == [16, 4, 4]
     clients = parts.make_clients(args, images, split)
@@ -174,6 +178,35 @@ def test_a_column_that_is_there_is_used(known, capsys):
     assert [images.known["client"][s].tolist() for s in shares] == [["9"] * 2, ["10"] * 2, []]
     dealt = parts.deal_part(args, images, split["test"], clients)
     assert np.array_equal(np.sort(np.concatenate(dealt)), split["test"])
+
+
+def test_flags_of_split_folds_and_clients_have_these_defaults_and_edges():
+    parser = checks.make_parser("x")
+    for add in (parts.add_arguments, parts.add_fold_arguments, parts.add_client_arguments):
+        add(parser)
+    assert vars(parser.parse_args([])) == {
+        "split": None, "split_seed": 42, "folds": None, "inner_val": 0.1, "clients": None,
+        "partition": None, "alpha": 0.3, "classes_per_client": 2}
+    line = ["--split-seed", "0", "--folds", "1", "--clients", "1", "--classes-per-client", "1"]
+    given = parser.parse_args([*line, "--inner-val", "0"])
+    assert (given.split_seed, given.folds, given.clients, given.classes_per_client) == (0, 1, 1, 1)
+    assert given.inner_val == 0 and parser.parse_args(["--inner-val", "0.5"]).inner_val == 0.5
+    for wrong in (["--inner-val", "0.51"], ["--alpha", "0"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+
+
+def test_what_is_neither_given_nor_flagged_is_random_and_of_four_equal_clients(known, capsys):
+    args = settled(known[2]("split", "patient", "client"))
+    assert (args.split, args.partition, args.clients) == ("random", "iid", 4)
+    assert capsys.readouterr().out == ""
+    central = argparse.Namespace(split=None)  # neither folds nor clients
+    images = known[2]()
+    parts.settle(central, images)
+    assert vars(central) == {"split": "given"} and list(images.known) == ["patient", "split"]
+    assert capsys.readouterr().out == ("given with the images: patient used, split used, client "
+                                       "not used; --split given\n")
+    assert settled(known[2](), clients=3).clients == 3  # as many as the column has
 
 
 def test_a_flag_wins_over_a_column(known, capsys):
@@ -205,6 +238,47 @@ def test_patients_are_never_cut_and_those_on_both_sides_are_a_loud_warning(known
     split = parts.make_split(settled(images, split="random"), images)
     shared = set(patients[split["train"]].tolist()) & set(patients[split["test"]].tolist())
     assert shared and f"WARNING: {len(shared)} patient(s) have images in" in capsys.readouterr().err
+
+
+def test_twins_and_patients_on_both_sides_are_counted(capsys):
+    images = toy_images(10, classes=2)
+    images.digests = list("aabbcccdec")  # five copies, three of them beside another image
+    words = ["train", "train", "val", "train", "test", "train", "test", "val", "train", "test"]
+    images.known = {"split": np.array(words), "patient": np.array(list("0123456789"))}
+    images.known["patient"][[4, 6]] = "5"
+    split = parts.make_split(settled(images, split="given"), images)
+    assert split["train"].tolist() == [0, 1, 3, 5, 8]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == (
+        "identical images: 5 copies of another; with a twin in training: 1 of 2 validation, "
+        "3 of 3 test images")
+    assert printed.err == ("WARNING: 1 patient(s) have images in the training part and in the test "
+                           "part, so that the test figures are not those of new patients\n")
+    # over several splits each is counted anew
+    assert "2 patient(s)" in parts.both_sides(images, [split, split])[0]
+    images.known["split"][[0, 8]] = "dropped"  # the only ones of class 0 in training
+    with pytest.raises(InputError, match="class c0 is too small for the given split"):
+        parts.make_split(settled(images, split="given"), images)
+
+
+def test_without_a_table_identical_images_stay_together():
+    images = toy_images(40, classes=2)
+    images.digests = [str(i // 4) for i in range(40)]
+    split = parts.make_split(settled(images, split="grouped"), images)
+    for part in split.values():
+        assert len(part) >= 4 and set(np.bincount(part // 4).tolist()) <= {0, 4}
+
+
+def test_hospitals_by_stain_are_told_by_their_mean_red(capsys):
+    images = toy_images(4, classes=2)
+    images.labels = torch.tensor([0, 0, 1, 1])
+    images.pixels[:] = torch.tensor([[10, 1, 0], [31, 2, 0], [50, 1, 0], [71, 2, 0]],
+                                    dtype=torch.uint8)[..., None, None]
+    split = {"train": np.arange(4), "val": np.arange(0), "test": np.arange(0)}
+    clients = parts.make_clients(settled(images, partition="stain", clients=2), images, split)
+    assert [own.tolist() for own in clients] == [[0, 2], [1, 3]]
+    assert capsys.readouterr().out == (
+        "mean red of the hospitals 30.0, 51.0; of the classes 20.5, 60.5\n")
 
 
 def test_the_parts_that_are_not_given(known, capsys):
@@ -239,7 +313,7 @@ def test_owners_are_checked():
 
 def test_units_join_over_patients_and_groups():
     a, b = splits.numbered(np.array(["x", "y", "", "", "x"])), np.array([0, 1, 1, 2, 3])
-    assert len(set(a.tolist())) == 4 and a[0] == a[4]
+    assert a.tolist() == [0, 1, 2, 3, 0]  # the known in order, then each unknown in its turn
     joined = splits.joined([a, b])
     assert joined[1] == joined[2] and joined[0] == joined[4] and len(set(joined.tolist())) == 3
 
