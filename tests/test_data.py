@@ -16,6 +16,7 @@ import data
 from dataset import synthetic
 from dataset.augment import Augmentation
 from dataset.files import CLASSES, decode
+from dataset.images import colour_statistics
 
 ROOT = Path(data.__file__).parent
 
@@ -118,6 +119,20 @@ def test_digests_are_of_pixels_not_of_files(tmp_path):
     assert images.digests[images.paths.index("x/x-001.png")] == \
         images.digests[images.paths.index("y/copy.bmp")]
     assert len(set(images.digests)) == 4
+
+
+def test_colour_statistics_of_known_pixels_and_of_those_above_the_strip():
+    """Red counts the 25 rows, green is 7, blue is 100 in the last three, 12 % of the height."""
+    rows = np.arange(25)
+    image = np.stack([rows, rows * 0 + 7, 100 * (rows >= 22)], 1)[None, :, None].astype(np.uint8)
+    assert colour_statistics(image, "means").tolist() == [[12, 7, 12]]
+    assert colour_statistics(image, "means", True).tolist() == [[10.5, 7, 0]]
+    found = colour_statistics(image, "statistics")
+    assert found.shape == (1, 21) and found.dtype == np.float32
+    assert found.reshape(7, 3)[:, 0] == pytest.approx(  # mean, sd, and 5 quantiles of 0 to 24
+        [12, 52 ** 0.5, 1.2, 6, 12, 18, 22.8])
+    assert found.reshape(7, 3)[:, 1].tolist() == [7, 0, 7, 7, 7, 7, 7]
+    assert colour_statistics(image, "statistics", True).reshape(7, 3)[1:, 2].tolist() == [0] * 6
 
 
 # ---- batches ----------------------------------------------------------------------------------

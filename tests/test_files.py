@@ -9,6 +9,7 @@ from PIL import Image, PngImagePlugin
 
 import data
 import predict
+from dataset import files
 from dataset.files import decode_all, find_class_folders
 
 
@@ -115,6 +116,32 @@ def test_a_camera_with_12_bits_in_16_is_refused_and_not_read_as_black(tmp_path):
         [tmp_path / name for name in ("wide.png", "camera.tif", "black.png")], 20)
     assert read[0].max() == 255 and black[0].max() == 0
     assert "the largest is 4095 of 65535" in camera
+
+
+def test_16_bits_are_rounded_to_8_where_the_largest_fills_13_of_them(tmp_path):
+    """A step of 8 bits is 257 of 16: 128 is nearer to none, 129 to the first."""
+    steps = np.array([[0, 128, 129, 385, 386, 8191, 8192, 65535]], np.uint16)
+    for name, grey in (("all.png", steps), ("13.png", np.minimum(steps, 8191)),
+                       ("14.png", np.minimum(steps, 8192)), ("1.png", np.minimum(steps, 1))):
+        Image.fromarray(np.repeat(grey, 8, 0)).save(tmp_path / name)
+    every, small, enough, black = decode_all(
+        [tmp_path / name for name in ("all.png", "13.png", "14.png", "1.png")], 8)
+    assert every[0][3].tolist() == [[v] * 3 for v in (0, 0, 1, 1, 2, 32, 32, 255)]
+    assert enough[0].max() == 32
+    assert "the largest is 8191 of 65535" in small and "the largest is 1 of 65535" in black
+
+
+def test_only_so_many_images_are_decoded_ahead_that_their_pixels_fill_16_mib(monkeypatch):
+    """Five of 1024 x 1024, of 3 MiB each; but one for every processor at least."""
+    seen = []
+    monkeypatch.setattr(files, "decode", lambda path, size: seen.append(path) or path)
+    for processors, size, ahead in ((1, 1024, 5), (7, 1024, 7), (None, 4096, 1)):
+        seen.clear()
+        monkeypatch.setattr(files.os, "cpu_count", lambda count=processors: count)
+        decoded = files.decode_all(list(range(20)), size)
+        assert [next(decoded) for _ in range(ahead)] == list(range(ahead))
+        assert sorted(seen) == list(range(ahead))
+        assert list(decoded) == list(range(ahead, 20))
 
 
 def test_a_broken_exif_block_leaves_the_pixels_whole(tmp_path):

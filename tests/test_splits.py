@@ -202,6 +202,8 @@ def test_validation_is_dealt_like_training():
     parts = splits.deal_like(labels, val, clients, 0)
     assert np.array_equal(np.sort(np.concatenate(parts)), val)
     assert [np.bincount(labels[p], minlength=2).tolist() for p in parts] == [[15, 0], [5, 20]]
+    again = splits.deal(labels, val, np.array([[60, 20], [0, 50]]), np.random.default_rng([0, 99]))
+    assert list(map(list, again)) == list(map(list, parts))  # by random numbers of its own
 
 
 def partitions():
