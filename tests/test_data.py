@@ -53,6 +53,10 @@ def test_every_mode_becomes_the_right_rgb(tmp_path):
     assert np.array_equal(decoded(tmp_path, palette), np.asarray(palette.convert("RGB")))
     assert np.array_equal(decoded(tmp_path, grey.point(lambda v: 255 * (v > 99)).convert("1")),
                           np.where(thrice > 99, 255, 0))
+    two = Image.fromarray(rgb[..., 0] // 128, "P")  # one colour of a palette is transparent
+    two.putpalette([200, 0, 0, 0, 0, 90])
+    assert np.array_equal(decoded(tmp_path, two, transparency=0), np.where(
+        thrice < 128, 255, (0, 0, 90)))
     cmyk = decoded(tmp_path, image.convert("CMYK"), "x.jpg", quality=100)
     assert abs(cmyk - rgb).max() < 25 and abs(cmyk - rgb).mean() < 4
 

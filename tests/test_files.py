@@ -10,7 +10,7 @@ from PIL import Image, PngImagePlugin
 import data
 import predict
 from dataset import files
-from dataset.files import decode_all, find_class_folders
+from dataset.files import class_names, decode_all, find_class_folders
 
 
 def picture(path, seed=0, mode="RGB"):
@@ -57,6 +57,33 @@ def test_a_given_split_needs_one_folder_of_each_kind_with_the_same_classes(tmp_p
     picture(tmp_path / "c" / "test" / "1.png")  # a competition's test part, without labels
     with pytest.raises(InputError, match="test: no class folder"):
         data.read_folder(str(tmp_path / "c"), 20)
+
+
+def test_a_hospital_may_lack_a_class_in_a_part_and_have_one_class_with_folders_in_it(tmp_path):
+    write_tree(tmp_path / "a" / "train", {"x": 2, "y": 2})
+    write_tree(tmp_path / "a" / "test", {"x": 1, "z": 1})
+    found = files.find_images(tmp_path / "a", ["x", "y", "z"])
+    assert found.labels == ["x", "z", "x", "x", "y", "y"]
+    assert found.known["split"] == ["test"] * 2 + ["train"] * 4
+    write_tree(tmp_path / "b" / "[Malignant] Pro-B", {"slide1": 1, "slide2": 1})
+    assert list(find_class_folders(tmp_path / "b", ["Benign", "Pro"])) == ["Pro"]
+    assert list(find_class_folders(tmp_path / "b")) == ["slide1", "slide2"]
+    with pytest.raises(InputError, match="unknown class slide1; the federation has c, d"):
+        find_class_folders(tmp_path / "b", ["c", "d"])
+
+
+def test_names_of_the_public_set_are_translated_only_where_all_are_and_no_two_fall_together():
+    def mean(*given, classes=None):
+        return list(class_names(list(given), classes, "x").values())
+    assert mean("benign", "[Malignant] Pro-B") == ["Benign", "Pro"]
+    assert mean("benign", "EARLY", "pre", "pro") == ["Benign", "Early", "Pre", "Pro"]
+    assert mean("benign", "zebra") == ["benign", "zebra"]
+    assert mean("Pro", "[Malignant] Pro-B") == ["Pro", "[Malignant] Pro-B"]
+    assert mean("pro", classes=["Benign", "Pro"]) == ["Pro"]
+    with pytest.raises(InputError, match="x: one class only .a., nothing to tell apart"):
+        mean("a")
+    with pytest.raises(InputError, match="x: unknown class q; the federation has a, b"):
+        mean("q", "a", classes=["a", "b"])
 
 
 def test_original_is_entered_only_where_nothing_else_could_be_meant(tmp_path):

@@ -139,6 +139,20 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
         look(root, tmp_path / "none.csv")
 
 
+def test_a_table_with_labels_names_paths_from_the_class_folders_unless_one_is_elsewhere(tmp_path):
+    root = tmp_path / "d"
+    write_tree(root / "wrap", {"a": 2, "b": 2}, 8)
+    write_tree(root, {"loose": 1}, 8)
+    (root / "loose" / "loose-001.png").rename(root / "c.png")
+    (root / "loose").rmdir()
+    inside = [f"{c}/{c}-00{i}.png" for c in "ab" for i in (1, 2)]
+    rows = [[f"wrap/{path}", "vwvw"[i]] for i, path in enumerate(inside)]
+    images = look(root, put(tmp_path / "1.csv", ["path", "label"], *rows))
+    assert images.paths == [inside[i] for i in (0, 2, 1, 3)] and images.classes == ["v", "w"]
+    images = look(root, put(tmp_path / "2.csv", ["path", "label"], *rows, ["c.png", "v"]))
+    assert sorted(images.paths) == ["c.png", *(f"wrap/{path}" for path in inside)]
+
+
 # ---- split and clients -------------------------------------------------------------------------
 
 def settled(images, **flags):
