@@ -112,6 +112,7 @@ def test_a_run_goes_on_only_with_its_own_split_and_its_own_clients(tmp_path):
         run_folder.append_history(tmp_path, {"round": number})
     found = run_folder.start_or_resume(tmp_path, images, SPLIT, clients, start)
     assert found["round"] == 1 and finished.read_history(tmp_path) == [{"round": 1}]
+    assert [run_folder.unit_of(r) for r in (found, {"epoch": 1})] == ["round", "epoch"]
     for split, owners in ((SPLIT | {"val": np.array([2])}, clients), (SPLIT, clients[::-1])):
         with pytest.raises(InputError, match="the flags and the table here do not give its split"):
             run_folder.start_or_resume(tmp_path, images, split, owners, start)

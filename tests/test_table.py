@@ -205,6 +205,7 @@ def test_flags_of_split_folds_and_clients_have_these_defaults_and_edges():
     given = parser.parse_args([*line, "--inner-val", "0"])
     assert (given.split_seed, given.folds, given.clients, given.classes_per_client) == (0, 1, 1, 1)
     assert given.inner_val == 0 and parser.parse_args(["--inner-val", "0.5"]).inner_val == 0.5
+    assert parser.parse_args(["--alpha", "0.001"]).alpha == 0.001
     for wrong in (["--inner-val", "0.51"], ["--alpha", "0"]):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
@@ -291,6 +292,9 @@ def test_hospitals_by_stain_are_told_by_their_mean_red(capsys):
     split = {"train": np.arange(4), "val": np.arange(0), "test": np.arange(0)}
     clients = parts.make_clients(settled(images, partition="stain", clients=2), images, split)
     assert [own.tolist() for own in clients] == [[0, 2], [1, 3]]
+    shares = parts.deal_part(settled(images, partition="stain", clients=2), images,
+                             np.array([0, 2, 3]), clients)
+    assert [share.tolist() for share in shares] == [[0, 2], [3]]
     assert capsys.readouterr().out == (
         "mean red of the hospitals 30.0, 51.0; of the classes 20.5, 60.5\n")
 
