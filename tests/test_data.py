@@ -3,6 +3,7 @@
 from checks import InputError
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torchvision.datasets import ImageFolder
 import data
 from dataset import synthetic
 from dataset.augment import Augmentation
-from dataset.files import CLASSES, decode
+from dataset.files import CLASSES, decode, say_passed
 from dataset.images import colour_statistics
 
 ROOT = Path(data.__file__).parent
@@ -95,10 +96,14 @@ def test_other_names_work_as_they_are_in_imagefolder_order(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "ant" / "sub" / "deep.PNG")
     (tmp_path / "ant" / ".hidden.png").write_bytes(b"x")
     (tmp_path / "ant" / "notes.txt").write_text("x")
-    (tmp_path / "Thumbs.db").write_text("x")
+    for name in ("Thumbs.db", "README"):
+        (tmp_path / name).write_text("x")
     (tmp_path / ".git").mkdir()
     images = data.read_folder(str(tmp_path), 20)
-    assert images.classes == ["Pre", "ant", "zebra"] and sum(images.ignored.values()) == 3
+    assert images.classes == ["Pre", "ant", "zebra"]
+    assert images.ignored == {".db": 1, "README": 1, "hidden": 1, ".txt": 1}
+    assert say_passed(Counter({".txt": 1, ".db": 3})) == "3 .db, 1 .txt"
+    assert say_passed(Counter()) == "nothing"
     (tmp_path / ".git").rmdir()
     reference = ImageFolder(tmp_path, is_valid_file=lambda p: p.lower().endswith(".png")
                             and not Path(p).name.startswith("."))

@@ -127,10 +127,11 @@ def test_every_format_that_pillow_opens_is_read_and_the_rest_is_counted(tmp_path
     for suffix in ("gif", "jp2", "jfif", "jpe", "tga", "TIF", "png"):
         for name in "ab":
             picture(tmp_path / name / f"1.{suffix}")
-    (tmp_path / "a" / "raw.dcm").write_text("x")
-    (tmp_path / "b" / "README").write_text("x")
+    for name in ("a/raw.dcm", "b/README", "a/page.pdf", "a/cells.h5"):  # Pillow only writes PDF
+        (tmp_path / name).write_text("x")
     images = data.read_folder(str(tmp_path), 20)
-    assert len(images.paths) == 14 and images.ignored == {".dcm": 1, "no suffix": 1}
+    assert len(images.paths) == 14
+    assert images.ignored == {".dcm": 1, "no suffix": 1, ".pdf": 1, ".h5": 1}
     assert [str(f) for f, _ in predict.find([str(tmp_path)])] == sorted(
         str(tmp_path / p) for p in images.paths)
 
@@ -160,15 +161,17 @@ def test_16_bits_are_rounded_to_8_where_the_largest_fills_13_of_them(tmp_path):
 
 def test_only_so_many_images_are_decoded_ahead_that_their_pixels_fill_16_mib(monkeypatch):
     """Five of 1024 x 1024, of 3 MiB each; but one for every processor at least."""
-    seen = []
-    monkeypatch.setattr(files, "decode", lambda path, size: seen.append(path) or path)
+    class Asked(list):
+        def __getitem__(self, part):
+            asked.append(super().__getitem__(part))
+            return asked[-1]
+    monkeypatch.setattr(files, "decode", lambda path, size: path)
     for processors, size, ahead in ((1, 1024, 5), (7, 1024, 7), (None, 4096, 1)):
-        seen.clear()
+        asked = []
         monkeypatch.setattr(files.os, "cpu_count", lambda count=processors: count)
-        decoded = files.decode_all(list(range(20)), size)
-        assert [next(decoded) for _ in range(ahead)] == list(range(ahead))
-        assert sorted(seen) == list(range(ahead))
-        assert list(decoded) == list(range(ahead, 20))
+        decoded = files.decode_all(Asked(range(20)), size)
+        assert next(decoded) == 0 and asked == [list(range(ahead))]
+        assert list(decoded) == list(range(1, 20)) and max(map(len, asked)) == ahead
 
 
 def test_a_broken_exif_block_leaves_the_pixels_whole(tmp_path):

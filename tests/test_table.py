@@ -132,9 +132,9 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     images = look(root, put(tmp_path / "t.csv", ["path", "label", "patient"], *rows), skip=True)
     assert images.paths == [row[0] for row in rows[1:]]
     said = capsys.readouterr().err
-    assert "2 image(s) not in it are left out" in said
-    assert "1 image(s) without a label are left out" in said
-    assert "1 patient(s) with images of several classes, such as P\n" in said
+    assert ": 2 image(s) not in it are left out" in said
+    assert ": 1 image(s) without a label are left out" in said
+    assert ": 1 patient(s) with images of several classes, such as P\n" in said
     with pytest.raises(FileNotFoundError):  # checks.guard makes it one line
         look(root, tmp_path / "none.csv")
 
