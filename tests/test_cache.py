@@ -14,7 +14,7 @@ from helpers import history, same_run, train, write_tree
 from PIL import Image
 
 import data
-from dataset import files
+from dataset import cache, files
 
 ROOT = Path(data.__file__).parent
 
@@ -46,13 +46,14 @@ def same(a, b):
 def test_a_second_start_decodes_nothing_and_reads_the_same(root, tmp_path, decoded, removed):
     plain = data.read_folder(str(root), 16, removed=removed)
     decoded.clear()
-    first = load(root, tmp_path / "c", removed=removed)
+    first = load(root, tmp_path / "new" / "c", removed=removed)
     assert len(decoded) == 12 and same(first, plain)
     decoded.clear()
-    again = load(root, tmp_path / "c", removed=removed)
+    again = load(root, tmp_path / "new" / "c", removed=removed)
     assert not decoded and same(again, plain)
-    names = sorted(p.suffix for p in (tmp_path / "c").iterdir())
-    assert names == [".json", ".pixels"]  # nothing half written is left
+    facts, pixels = sorted((tmp_path / "new" / "c").iterdir())  # nothing half written is left
+    assert (facts.suffix, pixels.suffix) == (".json", ".pixels")
+    assert facts.stem == pixels.stem and pixels.stat().st_size == 12 * 16 * 16 * 3
 
 
 def test_the_same_bytes_with_and_without(tmp_path):
@@ -120,11 +121,13 @@ def test_unreadable_images_are_remembered_and_still_an_error(root, tmp_path, dec
         load(root, tmp_path / "c")
 
 
-@pytest.mark.parametrize("point", ["posix_fallocate", "replace"])
-def test_a_full_disk_is_one_line_and_work_goes_on(root, tmp_path, monkeypatch, capsys, point):
+@pytest.mark.parametrize("place, point", [(os, "posix_fallocate"), (os, "replace"),
+                                          (cache, "open")])
+def test_a_full_disk_is_one_line_and_work_goes_on(root, tmp_path, monkeypatch, capsys, place,
+                                                  point):
     def full(*a):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, point, full)
+    monkeypatch.setattr(place, point, full, raising=False)
     found = load(root, tmp_path / "c")
     monkeypatch.undo()
     assert same(found, data.read_folder(str(root), 16))

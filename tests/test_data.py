@@ -17,7 +17,8 @@ from torchvision.models import ResNet18_Weights
 import data
 from dataset import parts, synthetic
 from dataset.augment import Augmentation
-from dataset.files import CLASSES, decode
+from dataset.files import CLASSES, decode, say_passed
+from dataset.images import colour_statistics
 
 ROOT = Path(data.__file__).parent
 
@@ -54,6 +55,10 @@ def test_every_mode_becomes_the_right_rgb(tmp_path):
     assert np.array_equal(decoded(tmp_path, palette), np.asarray(palette.convert("RGB")))
     assert np.array_equal(decoded(tmp_path, grey.point(lambda v: 255 * (v > 99)).convert("1")),
                           np.where(thrice > 99, 255, 0))
+    two = Image.fromarray(rgb[..., 0] // 128, "P")  # one colour of a palette is transparent
+    two.putpalette([200, 0, 0, 0, 0, 90])
+    assert np.array_equal(decoded(tmp_path, two, transparency=0), np.where(
+        thrice < 128, 255, (0, 0, 90)))
     cmyk = decoded(tmp_path, image.convert("CMYK"), "x.jpg", quality=100)
     assert abs(cmyk - rgb).max() < 25 and abs(cmyk - rgb).mean() < 4
 
@@ -92,10 +97,14 @@ def test_other_names_work_as_they_are_in_imagefolder_order(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "ant" / "sub" / "deep.PNG")
     (tmp_path / "ant" / ".hidden.png").write_bytes(b"x")
     (tmp_path / "ant" / "notes.txt").write_text("x")
-    (tmp_path / "Thumbs.db").write_text("x")
+    for name in ("Thumbs.db", "README"):
+        (tmp_path / name).write_text("x")
     (tmp_path / ".git").mkdir()
     images = data.read_folder(str(tmp_path), 20)
-    assert images.classes == ["Pre", "ant", "zebra"] and sum(images.ignored.values()) == 3
+    assert images.classes == ["Pre", "ant", "zebra"]
+    assert images.ignored == {".db": 1, "README": 1, "hidden": 1, ".txt": 1}
+    assert say_passed(Counter({".txt": 1, ".db": 3})) == "3 .db, 1 .txt"
+    assert say_passed(Counter()) == "nothing"
     (tmp_path / ".git").rmdir()
     reference = ImageFolder(tmp_path, is_valid_file=lambda p: p.lower().endswith(".png")
                             and not Path(p).name.startswith("."))
@@ -120,6 +129,20 @@ def test_digests_are_of_pixels_not_of_files(tmp_path):
     assert images.digests[images.paths.index("x/x-001.png")] == \
         images.digests[images.paths.index("y/copy.bmp")]
     assert len(set(images.digests)) == 4
+
+
+def test_colour_statistics_of_known_pixels_and_of_those_above_the_strip():
+    """Red counts the 25 rows, green is 7, blue is 100 in the last three, 12 % of the height."""
+    rows = np.arange(25)
+    image = np.stack([rows, rows * 0 + 7, 100 * (rows >= 22)], 1)[None, :, None].astype(np.uint8)
+    assert colour_statistics(image, "means").tolist() == [[12, 7, 12]]
+    assert colour_statistics(image, "means", True).tolist() == [[10.5, 7, 0]]
+    found = colour_statistics(image, "statistics")
+    assert found.shape == (1, 21) and found.dtype == np.float32
+    assert found.reshape(7, 3)[:, 0] == pytest.approx(  # mean, sd, and 5 quantiles of 0 to 24
+        [12, 52 ** 0.5, 1.2, 6, 12, 18, 22.8])
+    assert found.reshape(7, 3)[:, 1].tolist() == [7, 0, 7, 7, 7, 7, 7]
+    assert colour_statistics(image, "statistics", True).reshape(7, 3)[1:, 2].tolist() == [0] * 6
 
 
 # ---- batches ----------------------------------------------------------------------------------

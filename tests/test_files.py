@@ -9,7 +9,8 @@ from PIL import Image, PngImagePlugin
 
 import data
 import predict
-from dataset.files import decode_all, find_class_folders
+from dataset import files
+from dataset.files import class_names, decode_all, find_class_folders
 
 
 def picture(path, seed=0, mode="RGB"):
@@ -58,6 +59,33 @@ def test_a_given_split_needs_one_folder_of_each_kind_with_the_same_classes(tmp_p
         data.read_folder(str(tmp_path / "c"), 20)
 
 
+def test_a_hospital_may_lack_a_class_in_a_part_and_have_one_class_with_folders_in_it(tmp_path):
+    write_tree(tmp_path / "a" / "train", {"x": 2, "y": 2})
+    write_tree(tmp_path / "a" / "test", {"x": 1, "z": 1})
+    found = files.find_images(tmp_path / "a", ["x", "y", "z"])
+    assert found.labels == ["x", "z", "x", "x", "y", "y"]
+    assert found.known["split"] == ["test"] * 2 + ["train"] * 4
+    write_tree(tmp_path / "b" / "[Malignant] Pro-B", {"slide1": 1, "slide2": 1})
+    assert list(find_class_folders(tmp_path / "b", ["Benign", "Pro"])) == ["Pro"]
+    assert list(find_class_folders(tmp_path / "b")) == ["slide1", "slide2"]
+    with pytest.raises(InputError, match="unknown class slide1; the federation has c, d"):
+        find_class_folders(tmp_path / "b", ["c", "d"])
+
+
+def test_names_of_the_public_set_are_translated_only_where_all_are_and_no_two_fall_together():
+    def mean(*given, classes=None):
+        return list(class_names(list(given), classes, "x").values())
+    assert mean("benign", "[Malignant] Pro-B") == ["Benign", "Pro"]
+    assert mean("benign", "EARLY", "pre", "pro") == ["Benign", "Early", "Pre", "Pro"]
+    assert mean("benign", "zebra") == ["benign", "zebra"]
+    assert mean("Pro", "[Malignant] Pro-B") == ["Pro", "[Malignant] Pro-B"]
+    assert mean("pro", classes=["Benign", "Pro"]) == ["Pro"]
+    with pytest.raises(InputError, match="x: one class only .a., nothing to tell apart"):
+        mean("a")
+    with pytest.raises(InputError, match="x: unknown class q; the federation has a, b"):
+        mean("q", "a", classes=["a", "b"])
+
+
 def test_original_is_entered_only_where_nothing_else_could_be_meant(tmp_path):
     write_tree(tmp_path / "public" / "Original", {"Benign": 2, "Early": 2})
     write_tree(tmp_path / "public" / "Segmented", {"Benign": 2, "Early": 2})
@@ -99,10 +127,11 @@ def test_every_format_that_pillow_opens_is_read_and_the_rest_is_counted(tmp_path
     for suffix in ("gif", "jp2", "jfif", "jpe", "tga", "TIF", "png"):
         for name in "ab":
             picture(tmp_path / name / f"1.{suffix}")
-    (tmp_path / "a" / "raw.dcm").write_text("x")
-    (tmp_path / "b" / "README").write_text("x")
+    for name in ("a/raw.dcm", "b/README", "a/page.pdf", "a/cells.h5"):  # Pillow only writes PDF
+        (tmp_path / name).write_text("x")
     images = data.read_folder(str(tmp_path), 20)
-    assert len(images.paths) == 14 and images.ignored == {".dcm": 1, "no suffix": 1}
+    assert len(images.paths) == 14
+    assert images.ignored == {".dcm": 1, "no suffix": 1, ".pdf": 1, ".h5": 1}
     assert [str(f) for f, _ in predict.find([str(tmp_path)])] == sorted(
         str(tmp_path / p) for p in images.paths)
 
@@ -115,6 +144,34 @@ def test_a_camera_with_12_bits_in_16_is_refused_and_not_read_as_black(tmp_path):
         [tmp_path / name for name in ("wide.png", "camera.tif", "black.png")], 20)
     assert read[0].max() == 255 and black[0].max() == 0
     assert "the largest is 4095 of 65535" in camera
+
+
+def test_16_bits_are_rounded_to_8_where_the_largest_fills_13_of_them(tmp_path):
+    """A step of 8 bits is 257 of 16: 128 is nearer to none, 129 to the first."""
+    steps = np.array([[0, 128, 129, 385, 386, 8191, 8192, 65535]], np.uint16)
+    for name, grey in (("all.png", steps), ("13.png", np.minimum(steps, 8191)),
+                       ("14.png", np.minimum(steps, 8192)), ("1.png", np.minimum(steps, 1))):
+        Image.fromarray(np.repeat(grey, 8, 0)).save(tmp_path / name)
+    every, small, enough, black = decode_all(
+        [tmp_path / name for name in ("all.png", "13.png", "14.png", "1.png")], 8)
+    assert every[0][3].tolist() == [[v] * 3 for v in (0, 0, 1, 1, 2, 32, 32, 255)]
+    assert enough[0].max() == 32
+    assert "the largest is 8191 of 65535" in small and "the largest is 1 of 65535" in black
+
+
+def test_only_so_many_images_are_decoded_ahead_that_their_pixels_fill_16_mib(monkeypatch):
+    """Five of 1024 x 1024, of 3 MiB each; but one for every processor at least."""
+    class Asked(list):
+        def __getitem__(self, part):
+            asked.append(super().__getitem__(part))
+            return asked[-1]
+    monkeypatch.setattr(files, "decode", lambda path, size: path)
+    for processors, size, ahead in ((1, 1024, 5), (7, 1024, 7), (None, 4096, 1)):
+        asked = []
+        monkeypatch.setattr(files.os, "cpu_count", lambda count=processors: count)
+        decoded = files.decode_all(Asked(range(20)), size)
+        assert next(decoded) == 0 and asked == [list(range(ahead))]
+        assert list(decoded) == list(range(1, 20)) and max(map(len, asked)) == ahead
 
 
 def test_a_broken_exif_block_leaves_the_pixels_whole(tmp_path):

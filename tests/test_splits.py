@@ -100,6 +100,15 @@ def test_blocked_is_by_file_number_with_embargo():
 def test_file_numbers_sort_as_numbers():
     names = ["b/Snap_002 (1).jpg", "b/Snap_001 (10).jpg", "b/Snap_001 (9).jpg", "b/Sap_013 (1).jpg"]
     assert sorted(names, key=splits.file_number) == [names[2], names[1], names[0], names[3]]
+    assert splits.file_number("set7/Snap.001.5 (12).jpg2")[0] == [1, 5, 12]  # no folder, no suffix
+
+
+def test_ten_images_are_enough_and_parts_of_the_size_of_a_group_hold_it():
+    split = splits.make_split("random", np.zeros(10, int), 0)
+    assert [len(split[p]) for p in ("train", "val", "test")] == [8, 1, 1]
+    split = splits.make_split("grouped", np.zeros(40, int), 0,
+                              groups=[str(i // 4) for i in range(40)])
+    assert [len(split[p]) for p in ("train", "val", "test")] == [32, 4, 4]
 
 
 def test_small_sets_are_refused():
@@ -156,11 +165,24 @@ def test_dirichlet_skew_falls_with_alpha(kind):
     assert values[0] > values[1] > values[2] and values[0] > 0.4 and values[2] < 0.1
 
 
+def test_dirichlet_shares_are_the_fractions_drawn():
+    """Client k gets what lies between the k-th and the next cumulated fraction of a class."""
+    of = np.bincount(PAPER[TRAIN])[:, None]
+    for alpha, more in ((0.3, {}), (2.0, {"alpha": 2.0})):  # 0.3 where nothing else is said
+        fractions = np.random.default_rng([42, 1]).dirichlet([alpha] * 3, 4)
+        edges = np.round(fractions.cumsum(1) * of)
+        parts = splits.partition("dirichlet", PAPER, TRAIN, 3, 42, **more)
+        assert np.array_equal([np.bincount(PAPER[p], minlength=4) for p in parts],
+                              np.diff(edges, axis=1, prepend=0).T)
+
+
 def test_shards_give_each_client_exactly_k_classes():
+    parts = splits.partition("shards", PAPER, TRAIN, 4, 1)
+    assert [len(set(PAPER[p])) for p in parts] == [2] * 4  # where nothing else is said
     for clients, k in ((4, 2), (2, 2), (7, 3), (4, 4)):
         parts = splits.partition("shards", PAPER, TRAIN, clients, 1, classes_per_client=k)
         assert [len(set(PAPER[p])) for p in parts] == [k] * clients
-    for clients, k in ((1, 2), (4, 5)):
+    for clients, k in ((1, 2), (1, 3), (4, 5)):
         with pytest.raises(InputError):
             splits.partition("shards", PAPER, TRAIN, clients, 1, classes_per_client=k)
 
@@ -180,6 +202,8 @@ def test_validation_is_dealt_like_training():
     parts = splits.deal_like(labels, val, clients, 0)
     assert np.array_equal(np.sort(np.concatenate(parts)), val)
     assert [np.bincount(labels[p], minlength=2).tolist() for p in parts] == [[15, 0], [5, 20]]
+    again = splits.deal(labels, val, np.array([[60, 20], [0, 50]]), np.random.default_rng([0, 99]))
+    assert list(map(list, again)) == list(map(list, parts))  # by random numbers of its own
 
 
 def partitions():
@@ -264,6 +288,13 @@ def test_folds_repeat_and_follow_the_seed():
         assert not np.array_equal(a[0]["test"], c[0]["test"])
 
 
+def test_a_class_may_have_exactly_one_image_a_fold_and_a_tenth_validates_unless_said():
+    y = np.array([0] * 5 + [1] * 45)
+    made = splits.make_folds("stratified", y, 5, 0)
+    assert [np.bincount(y[f["test"]]).tolist() for f in made] == [[1, 9]] * 5
+    assert [len(f["val"]) for f in made] == [4] * 5  # of 40
+
+
 def test_impossible_folds_are_refused():
     y = np.array([0] * 40 + [1] * 4)
     with pytest.raises(InputError, match="5 folds are more than the 4 images of class number 1"):
@@ -276,6 +307,14 @@ def test_impossible_folds_are_refused():
         splits.make_folds("stratified80", y, 2, 0)
     with pytest.raises(InputError, match="--inner-val 0.001 leaves a fold .*: no group is so"):
         splits.make_folds("grouped", y, 2, 0, inner_val=0.001, groups=list(map(str, range(44))))
+
+
+def test_what_differs_between_classes_is_no_stain_however_much_it_differs():
+    """Within each class the first statistic rises, and the second says nothing of the first."""
+    labels, rising = np.repeat([0, 1], 4), np.tile(np.arange(4), 2)
+    colour = np.stack([rising, 10 * labels + np.tile([1, 0, 0, 1], 2)], 1)
+    owner = splits.stain_owners(colour, labels, list("abcdefgh"), np.arange(8), 2)
+    assert owner.tolist() == [0, 0, 1, 1] * 2
 
 
 def test_statistics_of_any_scale_count_alike_in_the_stain():

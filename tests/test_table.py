@@ -1,5 +1,6 @@
 """--table: what one CSV file says of each image, and what follows from it."""
 
+import checks
 from checks import InputError
 
 import argparse
@@ -8,7 +9,8 @@ import json
 
 import numpy as np
 import pytest
-from helpers import SMALL, history, same_run, train, write_tree
+import torch
+from helpers import SMALL, history, same_run, toy_images, train, write_tree
 from scipy.stats import binom, t
 
 import audit
@@ -107,6 +109,7 @@ def test_a_path_is_also_tried_as_a_name_where_one_file_fits(tmp_path):
      "1 row.s. with an unknown split, not train, val or test: a/a-002.png .'fit'."),
     (["path"], [["a/a-001.png"], ["a/a-001.png"]], "1 path.s. are named twice: a/a-001.png"),
     (["path"], [["x1"], ["x2"], ["x3"], ["x4"]], "4 path.s. are no image .*: x1, x2, x3, ..."),
+    (["path"], [["x1"], ["x2"], ["x3"]], "3 path.s. are no image under .*: x1, x2, x3$"),
     (["path"], [["a/a-001.png"]], "3 image.s. are not in it .--skip-unlisted"),
     (["path", "label"], [["a/a-001.png"]], "row 2 has 1 fields, the header has 2"),
     (["path", "label"], [["a/a-001.png", "x", "y"]], "row 2 has 3 fields, the header has 2"),
@@ -123,17 +126,31 @@ def test_bad_tables_end_in_one_line(tmp_path, header, rows, message):
 
 
 def test_what_is_left_out_is_counted(tmp_path, capsys):
-    root = write_tree(tmp_path / "d", {"a": 3, "b": 3}, 8)
-    rows = [[f"{c}/{c}-00{i}.png", c, "P"] for c in "ab" for i in (1, 2)]
-    rows[0][1] = ""
+    root = write_tree(tmp_path / "d", {"a": 4, "b": 4}, 8)
+    rows = [[f"{c}/{c}-00{i}.png", c, p] for c in "ab" for i, p in ((1, "P"), (2, "P"), (3, ""))]
+    rows[0][1], rows[4][2] = "", "Q"
     images = look(root, put(tmp_path / "t.csv", ["path", "label", "patient"], *rows), skip=True)
-    assert images.paths == ["a/a-002.png", "b/b-001.png", "b/b-002.png"]
+    assert images.paths == [row[0] for row in rows[1:]]
     said = capsys.readouterr().err
-    assert "2 image(s) not in it are left out" in said
-    assert "1 image(s) without a label are left out" in said
-    assert "1 patient(s) with images of several classes, such as P" in said
+    assert ": 2 image(s) not in it are left out" in said
+    assert ": 1 image(s) without a label are left out" in said
+    assert ": 1 patient(s) with images of several classes, such as P\n" in said
     with pytest.raises(FileNotFoundError):  # checks.guard makes it one line
         look(root, tmp_path / "none.csv")
+
+
+def test_a_table_with_labels_names_paths_from_the_class_folders_unless_one_is_elsewhere(tmp_path):
+    root = tmp_path / "d"
+    write_tree(root / "wrap", {"a": 2, "b": 2}, 8)
+    write_tree(root, {"loose": 1}, 8)
+    (root / "loose" / "loose-001.png").rename(root / "c.png")
+    (root / "loose").rmdir()
+    inside = [f"{c}/{c}-00{i}.png" for c in "ab" for i in (1, 2)]
+    rows = [[f"wrap/{path}", "vwvw"[i]] for i, path in enumerate(inside)]
+    images = look(root, put(tmp_path / "1.csv", ["path", "label"], *rows))
+    assert images.paths == [inside[i] for i in (0, 2, 1, 3)] and images.classes == ["v", "w"]
+    images = look(root, put(tmp_path / "2.csv", ["path", "label"], *rows, ["c.png", "v"]))
+    assert sorted(images.paths) == ["c.png", *(f"wrap/{path}" for path in inside)]
 
 
 # ---- split and clients -------------------------------------------------------------------------
@@ -162,7 +179,8 @@ def test_a_column_that_is_there_is_used(known, capsys):
     images = known[2]()
     args = settled(images)
     assert (args.split, args.partition, args.clients) == ("given", "given", 3)
-    assert "patient used, split used, client used" in capsys.readouterr().out
+    assert capsys.readouterr().out == ("given with the images: patient used, split used, client "
+                                       "used; --split given, --partition given\n")
     split = parts.make_split(args, images)
     assert [len(split[p]) for p in ("train", "val", "test")] == [16, 4, 4]
     clients = parts.make_clients(args, images, split)
@@ -174,6 +192,36 @@ def test_a_column_that_is_there_is_used(known, capsys):
     assert [images.known["client"][s].tolist() for s in shares] == [["9"] * 2, ["10"] * 2, []]
     dealt = parts.deal_part(args, images, split["test"], clients)
     assert np.array_equal(np.sort(np.concatenate(dealt)), split["test"])
+
+
+def test_flags_of_split_folds_and_clients_have_these_defaults_and_edges():
+    parser = checks.make_parser("x")
+    for add in (parts.add_arguments, parts.add_fold_arguments, parts.add_client_arguments):
+        add(parser)
+    assert vars(parser.parse_args([])) == {
+        "split": None, "split_seed": 42, "folds": None, "inner_val": 0.1, "clients": None,
+        "partition": None, "alpha": 0.3, "classes_per_client": 2}
+    line = ["--split-seed", "0", "--folds", "1", "--clients", "1", "--classes-per-client", "1"]
+    given = parser.parse_args([*line, "--inner-val", "0"])
+    assert (given.split_seed, given.folds, given.clients, given.classes_per_client) == (0, 1, 1, 1)
+    assert given.inner_val == 0 and parser.parse_args(["--inner-val", "0.5"]).inner_val == 0.5
+    assert parser.parse_args(["--alpha", "0.001"]).alpha == 0.001
+    for wrong in (["--inner-val", "0.51"], ["--alpha", "0"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+
+
+def test_what_is_neither_given_nor_flagged_is_random_and_of_four_equal_clients(known, capsys):
+    args = settled(known[2]("split", "patient", "client"))
+    assert (args.split, args.partition, args.clients) == ("random", "iid", 4)
+    assert capsys.readouterr().out == ""
+    central = argparse.Namespace(split=None)  # neither folds nor clients
+    images = known[2]()
+    parts.settle(central, images)
+    assert vars(central) == {"split": "given"} and list(images.known) == ["patient", "split"]
+    assert capsys.readouterr().out == ("given with the images: patient used, split used, client "
+                                       "not used; --split given\n")
+    assert settled(known[2](), clients=3).clients == 3  # as many as the column has
 
 
 def test_a_flag_wins_over_a_column(known, capsys):
@@ -205,6 +253,50 @@ def test_patients_are_never_cut_and_those_on_both_sides_are_a_loud_warning(known
     split = parts.make_split(settled(images, split="random"), images)
     shared = set(patients[split["train"]].tolist()) & set(patients[split["test"]].tolist())
     assert shared and f"WARNING: {len(shared)} patient(s) have images in" in capsys.readouterr().err
+
+
+def test_twins_and_patients_on_both_sides_are_counted(capsys):
+    images = toy_images(10, classes=2)
+    images.digests = list("aabbcccdec")  # five copies, three of them beside another image
+    words = ["train", "train", "val", "train", "test", "train", "test", "val", "train", "test"]
+    images.known = {"split": np.array(words), "patient": np.array(list("0123456789"))}
+    images.known["patient"][[4, 6]] = "5"
+    split = parts.make_split(settled(images, split="given"), images)
+    assert split["train"].tolist() == [0, 1, 3, 5, 8]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == (
+        "identical images: 5 copies of another; with a twin in training: 1 of 2 validation, "
+        "3 of 3 test images")
+    assert printed.err == ("WARNING: 1 patient(s) have images in the training part and in the test "
+                           "part, so that the test figures are not those of new patients\n")
+    # over several splits each is counted anew
+    assert "2 patient(s)" in parts.both_sides(images, [split, split])[0]
+    images.known["split"][[0, 8]] = "dropped"  # the only ones of class 0 in training
+    with pytest.raises(InputError, match="class c0 is too small for the given split"):
+        parts.make_split(settled(images, split="given"), images)
+
+
+def test_without_a_table_identical_images_stay_together():
+    images = toy_images(40, classes=2)
+    images.digests = [str(i // 4) for i in range(40)]
+    split = parts.make_split(settled(images, split="grouped"), images)
+    for part in split.values():
+        assert len(part) >= 4 and set(np.bincount(part // 4).tolist()) <= {0, 4}
+
+
+def test_hospitals_by_stain_are_told_by_their_mean_red(capsys):
+    images = toy_images(4, classes=2)
+    images.labels = torch.tensor([0, 0, 1, 1])
+    images.pixels[:] = torch.tensor([[10, 1, 0], [31, 2, 0], [50, 1, 0], [71, 2, 0]],
+                                    dtype=torch.uint8)[..., None, None]
+    split = {"train": np.arange(4), "val": np.arange(0), "test": np.arange(0)}
+    clients = parts.make_clients(settled(images, partition="stain", clients=2), images, split)
+    assert [own.tolist() for own in clients] == [[0, 2], [1, 3]]
+    shares = parts.deal_part(settled(images, partition="stain", clients=2), images,
+                             np.array([0, 2, 3]), clients)
+    assert [share.tolist() for share in shares] == [[0, 2], [3]]
+    assert capsys.readouterr().out == (
+        "mean red of the hospitals 30.0, 51.0; of the classes 20.5, 60.5\n")
 
 
 def test_the_parts_that_are_not_given(known, capsys):
@@ -239,7 +331,7 @@ def test_owners_are_checked():
 
 def test_units_join_over_patients_and_groups():
     a, b = splits.numbered(np.array(["x", "y", "", "", "x"])), np.array([0, 1, 1, 2, 3])
-    assert len(set(a.tolist())) == 4 and a[0] == a[4]
+    assert a.tolist() == [0, 1, 2, 3, 0]  # the known in order, then each unknown in its turn
     joined = splits.joined([a, b])
     assert joined[1] == joined[2] and joined[0] == joined[4] and len(set(joined.tolist())) == 3
 
