@@ -48,13 +48,6 @@ def test_flags_default_to_the_recipe_of_the_paper(script, expected, demonstratio
     assert parsed(script) == expected | SMEARS | demonstration
 
 
-def test_a_recipe_defaults_to_the_flags():
-    found = vars(fedavg.Recipe())
-    flags = found.keys() & FEDERATED.keys() - {"class_weights"}  # a flag's name, the weights here
-    assert {k: found[k] for k in flags} == {k: FEDERATED[k] for k in flags} and len(flags) == 10
-    assert (found["momentum"], found["class_weights"], found["amp_dtype"]) == (0.9, None, None)
-
-
 def test_augmentation_is_table_2_and_translation_table_3():
     paper = {"rotation": 15, "flip": 0.5, "translation": 0, "brightness": 0.2, "contrast": 0.2,
              "saturation": 0.2, "hue": 0.1}

@@ -42,8 +42,8 @@ def test_the_best_round_has_the_lowest_defined_loss():
 
 
 @pytest.mark.parametrize(("history", "patience", "stale"), [
-    ((), 1, False), ((1,), 1, False), ((1, 2), 1, True), ((1, 2), 2, False), ((1, 2, 2), 2, True),
-    ((2, 1, 2), 2, False), ((1, 2, 2, 2), 0, False), ((1, 1), 1, True)])
+    ((), 1, False), ((1,), 1, False), ((1, 2), 1, True), ((1, 2), 2, False),
+    ((1, 2, None), 2, True), ((2, 1, 2), 2, False), ((1, 2, 2, 2), 0, False), ((1, 1), 1, True)])
 def test_training_stops_after_so_many_validations_that_were_not_better(history, patience, stale):
     assert evaluation.is_stale(losses(*history), patience) == stale
 
@@ -53,7 +53,8 @@ def test_the_rate_falls_after_more_than_patience_bad_rounds_and_no_lower_than_it
         return evaluation.plateau_lr(losses(*history), 1.0, **({"patience": 1} | more))
     assert rate(1, 1) == 1 and rate(1, 1, 1) == 0.2
     assert rate(1, 1, 1, 1) == 0.2 and rate(1, 1, 1, 1, 1) == pytest.approx(0.04)
-    assert rate(1, 1 - 1e-5, 1 - 1e-5) == 0.2  # better by less than a ten-thousandth is not better
+    edge = 1 - 1e-4  # better by a ten-thousandth or less is not better
+    assert rate(1, edge, edge) == rate(None, None) == 0.2 and rate(1, 0.9998, 0.9998) == 1
     assert rate(1, 0.5, 0.5) == 1 and rate(1, 1, 1, min_lr=0.5) == 0.5
     assert evaluation.plateau_lr(losses(1, 1, 1), 1e-7, 1) == 1e-7  # never raised
 

@@ -46,18 +46,6 @@ def test_the_recipe_of_the_paper_is_that_of_the_flags_by_default():
     assert Recipe(class_weights=torch.ones(2)) != Recipe(class_weights=torch.ones(2))  # tensors
 
 
-def test_translate_shifts_by_a_tenth_of_the_side_and_the_paper_by_nothing():
-    given = {name: make_recipe(parse("--data", "x", "--augment", name), CPU).augmentation
-             for name in ("paper", "translate", "none")}
-    assert given == {"paper": Augmentation(translation=0.0), "none": None,
-                     "translate": Augmentation(translation=0.1)}
-
-
-def test_the_demonstration_is_small():
-    args = parse()
-    assert (args.image_size, args.batch_size, args.plateau, args.lr) == (40, 16, 1, 1e-3)
-
-
 @pytest.mark.parametrize(("flag", "lowest", "below"), [
     ("--batch-size", "1", "0"), ("--lr", "1e-30", "0"), ("--weight-decay", "0", "-0.1"),
     ("--clip", "0", "-0.1"), ("--label-smoothing", "0", "-0.1"), ("--expand", "1", "0"),
@@ -71,15 +59,6 @@ def test_flags_of_local_training_end_where_they_mean_nothing(capsys, flag, lowes
     with pytest.raises(SystemExit):
         parser.parse_args([flag, below])
     assert f"argument {flag}: {below} is outside" in capsys.readouterr().err
-
-
-def test_flags_of_local_training_by_default():
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert vars(parser.parse_args([])) == {
-        "batch_size": 32, "optimizer": "adamw", "lr": 1e-4, "weight_decay": 1e-4, "clip": 1.0,
-        "class_weights": "inverse", "label_smoothing": 0.0, "sampler": "shuffle", "expand": 1,
-        "augment": "paper", "plateau": 5, "early_stop": 10, "seed": 0, "amp": "auto"}
 
 
 def test_precision_flags(monkeypatch):

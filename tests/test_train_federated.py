@@ -258,29 +258,6 @@ def test_best_round_is_the_earliest_on_ties_and_undefined_losses_never_win():
     assert evaluation.best_index(nothing) == 3  # no validation: the last
 
 
-def losses_of(*losses):
-    return [{"val_loss": loss} for loss in losses]
-
-
-def test_a_run_is_stale_after_so_many_validations_in_a_row_that_were_not_better():
-    assert evaluation.is_stale(losses_of(0.5, 0.5), 1) and evaluation.is_stale(
-        losses_of(0.5, 0.6, None), 2)
-    for losses, patience in (((), 1), ((0.5,), 1), ((0.5, 0.4), 1), ((0.5, 0.6), 2), ((0.5,), 0),
-                             ((0.5, 0.6, 0.7), 0)):  # 0: never
-        assert not evaluation.is_stale(losses_of(*losses), patience)
-
-
-def test_a_loss_is_better_only_by_more_than_one_in_ten_thousand():
-    def rate(*losses, patience=1):
-        return evaluation.plateau_lr(losses_of(*losses), 1.0, patience)
-    edge = 1 - 1e-4
-    assert rate(1.0, 1.0, 1.0) == rate(1.0, edge, edge) == rate(None, None) == 0.2
-    assert rate(1.0, 0.9998, 0.9998) == rate(None) == rate(1.0, 1.0) == 1
-    assert rate(*[1.0] * 7, patience=5) == evaluation.plateau_lr(losses_of(*[1.0] * 7), 1.0) == 0.2
-    assert rate(*[1.0] * 6, patience=5) == evaluation.plateau_lr(losses_of(*[1.0] * 6), 1.0) == 1
-    assert evaluation.plateau_lr(losses_of(*[1.0] * 9), 1e-7, 1) == 1e-7  # never raised
-
-
 def test_figures_of_a_round_are_pooled_over_the_images_of_those_averaged():
     clients = [{"images": 30, "steps": 3, "left_out": True, "loss": float("nan"), "accuracy": 0.0},
                {"images": 10, "steps": 1, "left_out": False, "loss": 1.0, "accuracy": 0.5},
