@@ -201,7 +201,7 @@ def read_groups(listed: table.Table | None, images: data.Images) -> np.ndarray:
     if listed is None:
         return duplicates.find_groups(images)[0]
     files = [Path(path) for path in images.paths]
-    rows = dict(zip(table.match(listed, files, [Path()]), listed.rows.values(), strict=True))
+    rows = table.match(listed, files, [Path()])
     units = [splits.numbered(np.array([rows.get(i, {}).get(unit, "") for i in range(len(files))]))
              for unit in UNITS if unit in listed.columns]
     if not units:

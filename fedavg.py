@@ -88,7 +88,7 @@ class WeightedAverage:
     """θ = Σ n_k θ_k / Σ n_k of Algorithm 1, one client at a time, no input changed.
 
     Float entries, BatchNorm's running statistics included, are summed in float64 in the order of
-    adding and divided once. Integer entries (BatchNorm's counters) take their largest value."""
+    adding and divided once. Integer entries (its counters) take the element-wise maximum."""
 
     def __init__(self) -> None:
         self.sums, self.dtypes, self.num_examples = {}, {}, 0

@@ -101,8 +101,7 @@ def from_table(listed: table.Table, args, files: list[Path],
     row without a label, or one that the run does not know."""
     if len(args.paths) != 1 or not Path(args.paths[0]).is_dir() or "label" not in listed.columns:
         raise InputError("--table: needs a column label, and one folder that its paths belong to")
-    rows = dict(zip(table.match(listed, files, [Path(args.paths[0])]), listed.rows.values(),
-                    strict=True))
+    rows = table.match(listed, files, [Path(args.paths[0])])
     unlisted = [str(file) for i, file in enumerate(files) if i not in rows]
     if unlisted and not args.skip_unlisted:
         raise listed.wrong("image(s) are not in it (--skip-unlisted goes on without)", unlisted)

@@ -114,9 +114,9 @@ def _find_columns(name: str, header: list[str], headings: list[str]) -> dict[str
     return {column: header.index(h) for column, h in wanted.items() if h in header}
 
 
-def match(table: Table, files: list[Path], places: list[Path]) -> list[int]:
-    """The number of the file that each row names, in the order of the rows. A path is tried in each
-    of the folders `places`; then as a file's name without folder, then without suffix, where
+def match(table: Table, files: list[Path], places: list[Path]) -> dict[int, dict[str, str]]:
+    """The row of each file that the table names, by the file's number. A path is tried in each of
+    the folders `places`; then as a file's name without folder, then without suffix, where
     exactly one file fits. Raises InputError for rows that fit none or several, or one file."""
     whole = {str(file): i for i, file in enumerate(files)}
     by_name, by_stem = defaultdict(list), defaultdict(list)
@@ -140,15 +140,14 @@ def match(table: Table, files: list[Path], places: list[Path]) -> list[int]:
         raise table.wrong("path(s) are no file, and as names fit several", several)
     if twice := [str(files[i]) for i, count in Counter(found).items() if count > 1]:
         raise table.wrong("file(s) are named by several rows", twice)
-    return found
+    return dict(zip(found, table.rows.values(), strict=True))
 
 
 def apply(table: Table, found: Found, skip_unlisted: bool, classes: list[str] | None) -> Found:
     """The images that the table names, with what it says of them, in the order of `found`.
     classes: the class list of a federation. Raises InputError for images that it does not name,
     unless they are skipped, and where it leaves one class only."""
-    numbers = match(table, found.files, [found.base, *found.above])
-    rows = dict(zip(numbers, table.rows.values(), strict=True))
+    rows = match(table, found.files, [found.base, *found.above])
     base = found.base
     if found.inner and all(found.files[i].is_relative_to(found.inner) for i in rows):
         base = found.inner  # the folder that holds the class folders, as without a table

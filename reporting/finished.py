@@ -15,7 +15,7 @@ from data import load
 from dataset.images import UNITS, Images
 from dataset.splits import Split
 from reporting.run_folder import check_images, read_run
-from reporting.tables import CSV, part_names, write_csv
+from reporting.tables import CSV, part_names, split_rows, write_csv
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,7 @@ def read_history(folder: Path) -> list[dict]:
 def read_units(folder: Path, paths: list[str]) -> tuple[str, np.ndarray] | None:
     """("patient", their names, str [n]) of these images where the run knew them, else of its
     groups; None where it knew neither."""
-    try:
-        with open(folder / "split.csv", **CSV) as file:
-            rows = {row["path"]: row for row in csv.DictReader(file)}
-    except FileNotFoundError:
-        return None
+    rows = split_rows(folder) if (folder / "split.csv").exists() else {}
     return next(((unit, np.array([rows[path][unit] for path in paths])) for unit in UNITS
                  if rows and all(rows.get(path, {}).get(unit) is not None for path in paths)), None)
 

@@ -49,12 +49,16 @@ def write_split(folder: Path, images: Images, split: Split, clients: list[np.nda
     write_csv(folder / "split.csv", [list(columns), *zip(*columns.values(), strict=True)])
 
 
+def split_rows(folder: Path) -> dict[str, dict[str, str]]:
+    """The rows of split.csv by their path. FileNotFoundError where there is none."""
+    with open(folder / "split.csv", **CSV) as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
 def read_split(folder: Path, images: Images) -> tuple[Split, list[np.ndarray], list[str]]:
-    """The split and the clients of a run with their names, as its split.csv has them. InputError
-    for none."""
+    """Split, clients and their names, as split.csv of a run has them. InputError for none."""
     try:
-        with open(folder / "split.csv", **CSV) as file:
-            rows = {row["path"]: row for row in csv.DictReader(file)}
+        rows = split_rows(folder)
         parts = [rows[path]["split"].split("+") for path in images.paths]
         owners = np.array([rows[path]["client"] for path in images.paths])
     except FileNotFoundError:
