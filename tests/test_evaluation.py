@@ -24,12 +24,13 @@ def test_validation_is_a_mean_over_images():
 
 def test_a_tally_is_the_number_the_hits_and_the_sum_of_losses():
     images, model = toy_images(9), plain_net()
-    split = {"val": np.array([1, 4, 5, 8]), "test": np.array([0])}
+    split = {"val": np.array([0, 1, 3, 4, 5]), "test": np.array([2])}
     with torch.no_grad():
         logits = model.eval()(data.eval_batch(images, torch.arange(9), torch.device("cpu")))
     p = logits.double().softmax(1)[split["val"], images.labels[split["val"]]]
     n, hits, loss = evaluation.Evaluation(model, images, split).tally("val", model.state_dict())
-    assert (n, hits) == (4, int((logits.argmax(1) == images.labels)[split["val"]].sum()))
+    assert (n, hits) == (5, int((logits.argmax(1) == images.labels)[split["val"]].sum()))
+    assert hits == 4  # and one that is wrong, so that a hit differs from a miss
     assert loss == pytest.approx(float(-p.log().sum()), rel=1e-6)
 
 

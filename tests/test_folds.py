@@ -163,6 +163,19 @@ def test_hospitals_differ_by_stain_and_not_by_class():
     assert np.array_equal(again[::-1], owner)  # the order of the images changes nothing
 
 
+@pytest.mark.parametrize("odd", range(3))
+def test_a_class_that_stands_apart_in_many_colours_does_not_hide_the_stain(odd):
+    """Eight columns tell one class from the others, a single one holds the stain."""
+    rng, labels = np.random.default_rng(0), np.arange(60) % 3
+    stain = rng.permutation(60).astype(float)
+    apart = 20 * (labels == odd)[:, None] + rng.normal(size=(60, 8))
+    owner = splits.stain_owners(np.column_stack([apart, stain]), labels, list(map(str, range(60))),
+                                np.arange(60), 2)
+    for c in range(3):
+        own = np.flatnonzero(labels == c)
+        assert np.array_equal(owner[own], stain[own] > np.median(stain[own]))
+
+
 def test_identical_images_are_cut_by_path_and_constant_colour_is_no_error():
     labels, paths = np.zeros(6, int), list("fedcba")
     owner = splits.stain_owners(np.ones((6, 21)), labels, paths, np.arange(6), 3)
