@@ -56,6 +56,12 @@ def test_augmentation_is_table_2_and_translation_table_3():
     assert recipe.AUGMENTATIONS["none"] is None
 
 
+def test_the_words_of_a_command_are_recorded_without_the_name_of_its_script(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_federated.py", "--data", "DIR"])
+    args = run_folder.parse("", train_federated.GROUPS, train_federated.defaults, None)
+    assert args.argv == ["--data", "DIR"] and args.data == "DIR"
+
+
 @pytest.mark.parametrize(("function", "expected"), [
     (splits.make_folds, {"inner_val": 0.1}),
     (splits.partition, {"alpha": 0.3, "classes_per_client": 2}),
