@@ -153,7 +153,17 @@ def test_a_set_that_does_not_fit_stays_in_main_memory_with_one_line(monkeypatch,
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (images.pixels.numel(), 0))
     data.keep_on(images, torch.device("cuda", 0))
     assert images.pixels.device == CPU and "stay in main memory" in capsys.readouterr().err
-    assert models.pick_device("auto").type == "cuda"
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_device_has_its_number_as_tensors_name_it(name):
+    """To a plain "cuda", pixels on cuda:0 seemed to lie elsewhere; they cannot be pinned."""
+    images, device = toy_images(6), models.pick_device(name)
+    there = data.eval_batch(images, torch.arange(4), device)
+    data.keep_on(images, device)
+    assert images.pixels.device == device
+    assert torch.equal(there, data.eval_batch(images, torch.arange(4), device))
 
 
 @needs_gpu

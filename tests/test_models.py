@@ -330,10 +330,10 @@ def test_device_that_is_not_there():
         models.pick_device("cuda:99")
     with pytest.raises(InputError, match="not there"):
         models.pick_device("abacus")
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = False, True
-    assert models.pick_device("cpu").type == "cpu"
-    assert torch.backends.cudnn.benchmark  # fastest kernels of fixed shapes,
-    assert not torch.backends.cudnn.allow_tf32  # all of them in float32
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = False, True
+    assert models.pick_device("cpu") == torch.device("cpu")
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark  # repeatable,
+    assert not torch.backends.cudnn.allow_tf32  # and in float32
 
 
 def test_a_trunk_without_its_classifier_is_taken_and_told(capsys):
