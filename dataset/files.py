@@ -81,7 +81,7 @@ def find_images(root: Path, classes: list[str] | None = None, labelled: bool = F
         raise InputError(f"--data {base}: one folder under two names, by a link")
     out = Found(base, [], [], {"split": []} if parts else {}, above=(root,))
     out.ignored = Counter(p.suffix or p.name for folder in (base, *parts)
-                          for p in folder.iterdir() if p.is_file())
+                          for p in folder.iterdir() if p not in entered)
     for part, tree in zip(parts or [None], trees, strict=True):
         for name, folder in tree.items():
             files, passed = find_files(folder, visited)
