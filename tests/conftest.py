@@ -10,7 +10,8 @@ import pytest
 import torch
 
 if torch.cuda.is_available():  # used by test_cuda.py alone: the others assert exact numbers
-    torch.cuda.init()  # before the next line hides it, which is for processes that tests start
+    torch.cuda.init()
+    torch.cuda.device_count()  # remembered before it is hidden from the processes that tests start
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.cuda.is_available = lambda: False
 
