@@ -228,6 +228,7 @@ def plot_curves(groups: dict[str, list[Run]], path: Path) -> None:
                     axis.plot(found["images"], found[key], "-o", ms=2, lw=1, color=f"C{i % 10}",
                               label=label if j == 0 else None)
                     axis.set(xlabel="images passed in training", ylabel=f"validation {key}")
+                    axis.locator_params(axis="x", nbins=5)  # long numbers, side by side
         axes[0].legend(fontsize=6)
 
 

@@ -131,9 +131,9 @@ def train_client(model: nn.Module, start: State, images: data.Images, indices: n
     """ClientUpdate(k, θ) of Algorithm 1: train from `start` on the client's own images.
 
     indices: int64 [n_k] into `images`. The update's state is no copy but the memory of `model`: the
-    next client's training overwrites it. Raises InputError as `train_local` does.
-    """
-    model.load_state_dict(start)
+    next client's training overwrites it. Raises InputError as `train_local` does."""
+    for name, value in model.state_dict().items():  # a third of the time of load_state_dict, which
+        value.copy_(start[name])  # counts where clients have few images; these are the same names
     optimizer, scaler = make_optimizer(model, recipe)  # fresh: clients keep nothing
     record = train_local(model, images, indices, recipe, optimizer, scaler,
                          range(recipe.local_epochs), key, progress)
