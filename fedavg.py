@@ -75,7 +75,7 @@ def accept(update: Update, records: list[dict], local_bn: dict[int, State],
     finite = models.is_finite(update.state)
     records.append({"client": update.client_id, "num_examples": update.num_examples,
                     **update.record, "left_out": not finite})
-    if not finite:  # one NaN would spoil the whole average; the others are divided by their own n_k
+    if not finite:  # one NaN would spoil the average; the rest is divided by the n_k of the rest
         records[-1]["update_norm"] = None
         warn(f"the update of client {update.client_id} is not finite and is LEFT OUT of the mean")
         return None
@@ -130,17 +130,17 @@ def train_client(model: nn.Module, start: State, images: data.Images, indices: n
                  recipe: Recipe, key: Key, progress: Progress = lambda n: None) -> Update:
     """ClientUpdate(k, θ) of Algorithm 1: train from `start` on the client's own images.
 
-    indices: int64 [n_k] into `images`. The update's state is no copy but the memory of `model`: the
-    next client's training overwrites it. Raises InputError as `train_local` does."""
-    for name, value in model.state_dict().items():  # a third of the time of load_state_dict, which
-        value.copy_(start[name])  # counts where clients have few images; these are the same names
+    indices: int64 [n_k] into `images`. The update's state is no copy but the memory of `model`: use
+    it before the next client trains, which overwrites it. InputError as `train_local`."""
+    for name, value in model.state_dict().items():  # load_state_dict takes three times as long,
+        value.copy_(start[name])  # which shows where clients have few images
     optimizer, scaler = make_optimizer(model, recipe)  # fresh: clients keep nothing
     record = train_local(model, images, indices, recipe, optimizer, scaler,
                          range(recipe.local_epochs), key, progress)
     norms = [torch.linalg.vector_norm(parameter.detach() - start[name], dtype=torch.float64)
              for name, parameter in model.named_parameters()]
     record["update_norm"] = torch.stack(norms).norm().item()
-    # n_k is the number of images owned: neither images passed, which grow with epochs, nor batches
+    # n_k = images owned, not images passed (which grow with the epochs), not batches
     return Update(key[2], len(indices), model.state_dict(), record)
 
 

@@ -71,7 +71,7 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
     counts = job.total("counts", images.class_counts(mine["train"]))
     first_recipe = experiment.weighted(args, run, counts)
     bn_keys = models.batchnorm_keys(model) if args.bn == "local" else []
-    # FedBN has no single global model: each client is measured on a share of its own class mix.
+    # FedBN has a model for each client, measured on images with that client's class mix
     shares = {name: parts.deal_part(args, images, mine[name], clients)
               for name in ("val", "test") if args.bn == "local"}
     measured = evaluation.Evaluation(model, images, mine, shares)
