@@ -4,6 +4,7 @@ from checks import InputError
 
 import argparse
 import csv
+import itertools
 import json
 import runpy
 import shutil
@@ -244,6 +245,19 @@ PUBLISHED = sorted((ROOT / "results").glob("**/predictions.csv"))
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: str(file.relative_to(ROOT).parent))
 def test_every_committed_table_is_what_its_predictions_give(file):
     check_published(file.parent)
+
+
+def test_the_committed_comparison_of_folds_is_what_their_predictions_give(tmp_path):
+    told = json.loads((ROOT / "results" / "folds-comparison.json").read_text())
+    names = ["folds-fedavg-iid", "folds-central"]
+    compare.main([*(str(ROOT / "results" / name) for name in names), "--out", str(tmp_path / "c")])
+    found = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert {name: told["rows"][name] for name in names} == {
+        name: found["rows"][name] for name in names}
+    (pair,), (first, *others) = found["tests"], told["tests"]
+    assert [(t["a"], t["b"]) for t in others] == [
+        (a, b) for a, b in itertools.combinations(list(told["rows"])[:4], 2)][1:]
+    assert pair == first and (pair["n"], pair["units"]) == (3256, 2760)
 
 
 def test_committed_hospitals_alone_have_the_mean_of_their_predictions():
