@@ -102,7 +102,7 @@ def test_other_names_work_as_they_are_in_imagefolder_order(tmp_path):
     (tmp_path / ".git").mkdir()
     images = data.read_folder(str(tmp_path), 20)
     assert images.classes == ["Pre", "ant", "zebra"]
-    assert images.ignored == {".db": 1, "README": 1, "hidden": 1, ".txt": 1}
+    assert images.ignored == {".db": 1, "README": 1, ".git": 1, "hidden": 1, ".txt": 1}
     assert say_passed(Counter({".txt": 1, ".db": 3})) == "3 .db, 1 .txt"
     assert say_passed(Counter()) == "nothing"
     (tmp_path / ".git").rmdir()
