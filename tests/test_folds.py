@@ -260,6 +260,20 @@ def test_the_committed_comparison_of_folds_is_what_their_predictions_give(tmp_pa
     assert pair == first and (pair["n"], pair["units"]) == (3256, 2760)
 
 
+def test_the_centre_with_as_many_steps_is_level_with_fedavg_in_two_folds():
+    """The counts that README and results page state."""
+    right = {"folds-fedavg-iid/fold": 0, "folds-central/fold": 0, "folds-central-batch128-fold": 0}
+    paths = {name: [] for name in right}
+    for name in right:
+        for k in (1, 2):
+            _, test, p = recomputed(ROOT / "results" / f"{name}{k}")
+            right[name] += int((p.argmax(1) == test.labels).sum())
+            paths[name] += test.paths
+    assert list(right.values()) == [1280, 1290, 1279]
+    assert {len(set(each)) for each in paths.values()} == {1303}
+    assert len({frozenset(each) for each in paths.values()}) == 1
+
+
 def test_committed_hospitals_alone_have_the_mean_of_their_predictions():
     whole = ROOT / "results" / "alone-iid-10x5-seed0"
     values = []
