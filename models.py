@@ -213,12 +213,12 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu")
                               if name == "auto" else name)
-        device = torch.zeros(1, device=device).device  # with its number: as tensors name it
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"--device {name}: not there") from None
     torch.backends.cudnn.deterministic = True  # a repeated run on CUDA takes the same kernels
     torch.backends.cudnn.allow_tf32 = False  # evaluation is float32, also on CUDA
-    return device
+    return torch.empty(0, device=device).device  # with its number, as tensors name it
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
