@@ -132,16 +132,17 @@ def train_client(model: nn.Module, start: State, images: data.Images, indices: n
 
     indices: int64 [n_k] into `images`. The update's state is no copy but the memory of `model`: use
     it before the next client trains, which overwrites it. InputError as `train_local`."""
-    for name, value in model.state_dict().items():  # load_state_dict takes three times as long,
-        value.copy_(start[name])  # which shows where clients have few images
+    state = model.state_dict()  # no copy: writing into it changes `model`, training changes it
+    for name, value in state.items():  # load_state_dict takes three times as long
+        value.copy_(start[name])
     optimizer, scaler = make_optimizer(model, recipe)  # fresh: clients keep nothing
     record = train_local(model, images, indices, recipe, optimizer, scaler,
                          range(recipe.local_epochs), key, progress)
-    norms = [torch.linalg.vector_norm(parameter.detach() - start[name], dtype=torch.float64)
-             for name, parameter in model.named_parameters()]
+    norms = [torch.linalg.vector_norm(state[name] - start[name], dtype=torch.float64)
+             for name, _ in model.named_parameters()]
     record["update_norm"] = torch.stack(norms).norm().item()
     # n_k = images owned, not images passed (which grow with the epochs), not batches
-    return Update(key[2], len(indices), model.state_dict(), record)
+    return Update(key[2], len(indices), state, record)
 
 
 def train_local(model: nn.Module, images: data.Images, indices: np.ndarray, recipe: Recipe,
@@ -224,9 +225,8 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | No
                            label_smoothing: float = 0.0) -> Tensor:
     """Eq. 3: Σ w_y · CE / batch size. logits: [B, C]; targets: int64 [B]; weights: [C] or None.
     PyTorch's weighted mean divides by Σ w_y instead; then FedAvg would not equal the centre."""
-    total = F.cross_entropy(logits, targets, weights, reduction="sum",
-                            label_smoothing=label_smoothing)
-    return total / len(targets)
+    return F.cross_entropy(logits, targets, weights, reduction="sum",
+                           label_smoothing=label_smoothing) / len(targets)
 
 
 def proximal_term(parameters: Iterable[Tensor], reference: Iterable[Tensor], mu: float) -> Tensor:
