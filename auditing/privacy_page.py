@@ -178,15 +178,9 @@ def plot_server(result: dict, path: Path) -> None:
         return
     with figures.drawing(path, 4.6 * len(rounds), 4.2, columns=len(rounds)) as axes:
         for number, (axis, one) in enumerate(zip(np.atleast_1d(axes), rounds, strict=True)):
-            counts = np.array(one["A4"]["matrix"])
-            share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-            axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-            for (i, j), count in np.ndenumerate(counts):
-                axis.text(j, i, str(count), ha="center", va="center",
-                          color="white" if share[i, j] > 0.5 else "black")
-            names = [result["names"][k] for k in one["hospitals"]]
-            axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-            axis.set_yticks(range(len(names)), names if number == 0 else [])
+            figures.draw_counts(axis, one["A4"]["matrix"],
+                                [result["names"][k] for k in one["hospitals"]])
+            axis.label_outer()  # the names of the rows stand at the first of several
             axis.set(xlabel="attributed to", ylabel="image of" if number == 0 else "",
                      title=f"{one['at']}updates of round {one['round']}")
 

@@ -85,19 +85,23 @@ def plot_curves(histories: list[list[dict]], path: Path, unit: str = "epoch",
         axes[0].legend(fontsize=8)
 
 
+def draw_counts(axis, matrix: list[list[int]], names: list[str]) -> None:
+    """A square table of counts, each shaded by its share of the row."""
+    counts = np.array(matrix)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), count in np.ndenumerate(counts):
+        axis.text(j, i, str(count), ha="center", va="center",
+                  color="white" if share[i, j] > 0.5 else "black")
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axis.set_yticks(range(len(names)), names)
+
+
 def plot_confusion(confusion: list[list[int]], classes: list[str], title: str, path: Path) -> None:
     """Counts, shaded by the share of the true class."""
-    counts = np.array(confusion)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = max(3.6, 0.8 * len(classes))
     with drawing(path, size, size) as axis:
-        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        for (i, j), count in np.ndenumerate(counts):
-            axis.text(j, i, str(count), ha="center", va="center",
-                      color="white" if share[i, j] > 0.5 else "black")
-        ticks = range(len(classes))
-        axis.set_xticks(ticks, classes, rotation=30, ha="right")
-        axis.set_yticks(ticks, classes)
+        draw_counts(axis, confusion, classes)
         axis.set(xlabel="predicted", ylabel="true", title=title)
 
 
