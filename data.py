@@ -166,14 +166,12 @@ def epoch_order(labels: Tensor, sampler: str, expand: int, generator: torch.Gene
     reading of the paper's "dual-input generator", section III)."""
     n = len(labels)
     order = torch.randperm(n * expand, generator=generator) % n
-    if sampler != "shuffle":
-        weights = 1.0 / torch.bincount(labels)[labels]
-        drawn = torch.multinomial(weights, n * expand, replacement=True, generator=generator)
-        if sampler == "balanced":
-            return drawn
-        natural = torch.arange(n * expand) % batch_size < batch_size // 2
-        return torch.where(natural, order, drawn)
-    return order
+    if sampler == "shuffle":
+        return order
+    weights = 1.0 / torch.bincount(labels)[labels]
+    drawn = torch.multinomial(weights, n * expand, replacement=True, generator=generator)
+    natural = torch.arange(n * expand) % batch_size < batch_size // 2
+    return drawn if sampler == "balanced" else torch.where(natural, order, drawn)
 
 
 def batch_slices(order: Tensor, batch_size: int) -> Iterator[Tensor]:
