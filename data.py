@@ -232,8 +232,7 @@ def train_batch(images: Images, indices: Tensor, ranges: Augmentation | None,
 
 def eval_batch(images: Images, indices: Tensor, device: torch.device) -> Tensor:
     """A gathered and normalised batch; indices: int64 [n] on the CPU. Nothing in it is random."""
-    rows = indices.to(images.pixels.device)
-    return normalise(gather(images, rows, device))
+    return normalise(gather(images, indices.to(images.pixels.device), device))
 
 
 # ---- as a script ------------------------------------------------------------------------------
