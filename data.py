@@ -77,8 +77,9 @@ def read_folder(root: str, size: int, skip_bad: bool = False, classes: list[str]
     if cache is None:
         check_memory(len(there.files), size)
     store = Cache(cache, there.files, size, list(removed)) if cache else None
-    images = _collect(there, decode_all(there.files, size), size, removed, store, classes)
-    images.name, images.root, images.ignored = Path(root).resolve().name, there.base, there.ignored
+    images = _collect(there, decode_all(there.files, size), size, removed,
+                      Path(root).resolve().name, store, classes)
+    images.root = there.base
     if images.bad and not skip_bad:
         names = "; ".join(f"{name} ({reason})" for name, reason in images.bad)
         raise InputError(f"{len(images.bad)} unreadable image(s), --skip-bad goes on without: "
@@ -89,7 +90,7 @@ def read_folder(root: str, size: int, skip_bad: bool = False, classes: list[str]
     return images
 
 
-def _collect(there: Found, decoded: Iterator, size: int, removed: Sequence[str],
+def _collect(there: Found, decoded: Iterator, size: int, removed: Sequence[str], name: str,
              store: Cache | None = None, classes: list[str] | None = None) -> Images:
     """One data set of what was decoded, in the order of `there.files`; the rest is `bad`."""
     paths = [path.relative_to(there.base).as_posix() for path in there.files]
@@ -99,10 +100,10 @@ def _collect(there: Found, decoded: Iterator, size: int, removed: Sequence[str],
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a cache cannot be written to, and nobody does
         pixels = torch.from_numpy(pixels)
-    return Images(pixels.permute(0, 3, 1, 2), torch.tensor([names.index(there.labels[i])
-                                                            for i in good]),
-                  [paths[i] for i in good], names, digests, "",
-                  bad=[(paths[i], why) for i, why in bad], found=Counter(map(tuple, shapes)),
+    labels = torch.tensor([names.index(there.labels[i]) for i in good])
+    return Images(pixels.permute(0, 3, 1, 2), labels, [paths[i] for i in good], names, digests,
+                  name, ignored=there.ignored, bad=[(paths[i], why) for i, why in bad],
+                  found=Counter(map(tuple, shapes)),
                   known={c: np.array([v[i] for i in good]) for c, v in there.known.items()})
 
 
@@ -150,9 +151,7 @@ def load(args: argparse.Namespace) -> Images:
     shape = args.image_size, args.image_size, "RGB"
     decoded = ((pixels[str(f)], hashlib.sha256(pixels[str(f)]).hexdigest(), shape)
                for f in there.files)
-    images = _collect(there, decoded, args.image_size, removed)
-    images.name = "synthetic"
-    return images
+    return _collect(there, decoded, args.image_size, removed, "synthetic")
 
 
 # ---- batches ----------------------------------------------------------------------------------
