@@ -183,9 +183,8 @@ def freeze(model: nn.Module, train_from: str | None = None, batchnorm: bool = Fa
         names = [name for name, _ in model.named_parameters()]
         first = next((i for i, name in enumerate(names) if name.startswith(train_from + ".")), None)
         if first is None:
-            modules = ", ".join(name for name, _ in model.named_children())
             raise InputError(f"--train-from {train_from}: no such module with parameters; this "
-                             f"network has {modules}")
+                             f"network has {', '.join(dict(model.named_children()))}")
         for name, parameter in list(model.named_parameters())[:first]:
             parameter.requires_grad_(False)
     if batchnorm:
