@@ -24,9 +24,8 @@ class InputError(Exception):
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """An argument parser whose errors are a single line (argparse would print the usage first)."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     return parser
 
