@@ -206,8 +206,7 @@ def decode(path: Path, size: int) -> tuple[np.ndarray, str, tuple]:
         mode = image.mode
         rgb = to_rgb(image)
     digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-    small = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.BILINEAR)
-    return np.asarray(small), digest, (*rgb.size, mode)
+    return np.asarray(rgb.resize((size, size), Image.BILINEAR)), digest, (*rgb.size, mode)
 
 
 def decode_all(files: list[Path], size: int) -> Iterator[tuple | str]:
