@@ -48,8 +48,7 @@ def apply(pixels: Tensor, names: Iterable[str]) -> Tensor:
 def mask_corner(image: Tensor) -> Tensor:
     """The image with its corner in one colour: the median of the brighter half of what is near."""
     _, height, width = image.shape
-    left, top = round(CORNER[0] * width), round(CORNER[1] * height)
-    right, bottom = round(CORNER[2] * width), round(CORNER[3] * height)
+    left, top, right, bottom = (round(x * side) for x, side in zip(CORNER, (width, height) * 2))
     around = torch.zeros(height, width, dtype=torch.bool)
     margin = max(1, round(MARGIN * width))
     around[max(top - margin, 0):bottom, max(left - margin, 0):right] = True
