@@ -45,8 +45,7 @@ def draw_parameters(n: int, ranges: Augmentation, generator: torch.Generator) ->
 
 
 def augment(images: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """Float images [n, 3, H, W] in 0..1 → the same shape and range, one row of `p` an image, on
-    their device."""
+    """Float images [n, 3, H, W] in 0..1 → such images again. p: [n] each, on their device."""
     images = warp(images, p["angle"], p["flip"], p["shift_x"], p["shift_y"])
     images = adjust_brightness(images, p["brightness"])
     images = adjust_contrast(images, p["contrast"])
@@ -96,8 +95,7 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` [n] of the full circle; largest channel and chroma stay."""
     red, green, blue = images.unbind(1)
-    largest = images.amax(1)
-    smallest = images.amin(1)
+    largest, smallest = images.amax(1), images.amin(1)
     chroma = largest - smallest
     safe = torch.where(chroma > 0, chroma, 1)
     sixth = torch.where(largest == red, (green - blue) / safe, torch.where(
