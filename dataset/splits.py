@@ -319,8 +319,7 @@ def _equal_sizes(labels: np.ndarray, train: np.ndarray, clients: int, alpha: flo
     present = np.unique(labels[train])
     pools = [list(rng.permutation(train[labels[train] == c])) for c in present]
     mixes = np.maximum(rng.dirichlet([alpha] * len(present), size=clients), 1e-12)  # [K, C]
-    sizes = [len(train) // clients] * (clients - 1)
-    slots = np.repeat(np.arange(clients), [*sizes, len(train) - sum(sizes)])
+    slots = np.minimum(np.arange(len(train)) // (len(train) // clients), clients - 1)
     parts: list[list[int]] = [[] for _ in range(clients)]
     for k in rng.permutation(slots):
         weights = mixes[k] * [len(pool) > 0 for pool in pools]
