@@ -203,10 +203,9 @@ def owned(names: np.ndarray, split: Split) -> dict[str, np.ndarray]:
     """The clients that a column names, str [n]: name → its training images, in order of the names.
     Raises InputError for training images of no client, and for a client without any."""
     own = names[split["train"]]
-    nobody = int((own == "").sum())
-    present = sorted(set(own.tolist()) - {""}, key=by_name)
-    if nobody:
-        raise InputError(f"the column client is empty for {nobody} training image(s)")
+    if (own == "").any():
+        raise InputError(f"the column client is empty for {(own == '').sum()} training image(s)")
+    present = sorted(set(own.tolist()), key=by_name)
     if without := sorted(set(names.tolist()) - {"", *present}, key=by_name):
         raise InputError(f"client {without[0]} of the column client has no training image")
     return {name: split["train"][own == name] for name in present}
