@@ -119,9 +119,8 @@ def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_va
     folds than a class has images (or groups), and for parts that would be empty."""
     if kind not in FOLDS:
         raise InputError(f"--split {kind} knows no folds; one of {', '.join(FOLDS)}")
-    units = np.arange(len(labels))  # what may not be cut
-    if kind == "grouped":
-        units = np.unique(groups, return_inverse=True)[1]
+    units = (np.unique(groups, return_inverse=True)[1] if kind == "grouped"
+             else np.arange(len(labels)))  # what may not be cut
     for c in np.unique(labels):
         available = len(np.unique(units[labels == c]))
         if available < folds:
