@@ -52,17 +52,16 @@ def settle(args: argparse.Namespace, images: Images) -> None:
     if "clients" in args:
         args.partition = args.partition or ("given" if "client" in known else "iid")
         use["client"] = args.partition == "given"
-    for column, flag in (("split", "--split"), ("client", "--partition")):
-        if use.get(column) and column not in known:
-            raise InputError(f"{flag} given: neither table nor folders have a column {column}")
     said = [f"{column} {'used' if use.get(column, column in UNITS) else 'not used'}"
             for column in known]
+    for column, flag in (("split", "--split"), ("client", "--partition")):
+        if not use.get(column):
+            known.pop(column, None)
+        elif column not in known:
+            raise InputError(f"{flag} given: neither table nor folders have a column {column}")
     if said:
         print(f"given with the images: {', '.join(said)}; --split {args.split}"
               + (f", --partition {args.partition}" if "clients" in args else ""))
-    for column in ("split", "client"):
-        if not use.get(column):
-            known.pop(column, None)
     if "clients" in args:
         count = len(set(known.get("client", [""] * 4)) - {""}) or 4
         if args.partition == "given" and args.clients not in (None, count):
