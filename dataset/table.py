@@ -155,8 +155,7 @@ def apply(table: Table, found: Found, skip_unlisted: bool, classes: list[str] | 
     unlisted = [found.files[i].relative_to(base).as_posix() for i in inside if i not in rows]
     if unlisted and not skip_unlisted:
         raise table.wrong("image(s) are not in it (--skip-unlisted goes on without)", unlisted)
-    labels = {i: row["label"] for i, row in rows.items()} if "label" in table.columns else {
-        i: found.labels[i] for i in rows}
+    labels = {i: row.get("label", found.labels[i]) for i, row in rows.items()}
     keep = [i for i in inside if labels.get(i)]
     left = {"not in it": len(unlisted), "without a label": len(rows) - len(keep)}
     for why, count in left.items():
