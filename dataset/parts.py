@@ -48,14 +48,13 @@ def settle(args: argparse.Namespace, images: Images) -> None:
     args.split = args.split or ("given" if "split" in known and folds == 1 else
                                 "grouped" if grouped else
                                 "random" if folds == 1 else "stratified")
-    use = {"split": args.split == "given"}
     if "clients" in args:
         args.partition = args.partition or ("given" if "client" in known else "iid")
-        use["client"] = args.partition == "given"
+    use = {"split": args.split == "given", "client": getattr(args, "partition", "") == "given"}
     said = [f"{column} {'used' if use.get(column, column in UNITS) else 'not used'}"
             for column in known]
     for column, flag in (("split", "--split"), ("client", "--partition")):
-        if not use.get(column):
+        if not use[column]:
             known.pop(column, None)
         elif column not in known:
             raise InputError(f"{flag} given: neither table nor folders have a column {column}")
