@@ -32,16 +32,12 @@ def draw_parameters(n: int, ranges: Augmentation, generator: torch.Generator) ->
     """Parameters of n images, float32 [n] each, on the CPU: the same whatever the device."""
     u = torch.rand(8, n, generator=generator)
     signed = 2 * u - 1
-    return {
-        "angle": signed[0] * ranges.rotation,
-        "flip": (u[1] < ranges.flip).float(),
-        "shift_x": signed[2] * ranges.translation,
-        "shift_y": signed[3] * ranges.translation,
-        "brightness": 1 + signed[4] * ranges.brightness,
-        "contrast": 1 + signed[5] * ranges.contrast,
-        "saturation": 1 + signed[6] * ranges.saturation,
-        "hue": signed[7] * ranges.hue,
-    }
+    return {"angle": signed[0] * ranges.rotation, "flip": (u[1] < ranges.flip).float(),
+            "shift_x": signed[2] * ranges.translation, "shift_y": signed[3] * ranges.translation,
+            "brightness": 1 + signed[4] * ranges.brightness,
+            "contrast": 1 + signed[5] * ranges.contrast,
+            "saturation": 1 + signed[6] * ranges.saturation,
+            "hue": signed[7] * ranges.hue}
 
 
 def augment(images: Tensor, p: dict[str, Tensor]) -> Tensor:
