@@ -50,8 +50,7 @@ def build(name: str, num_classes: int, weights: str = "none", seed: int = 0,
     The head is one linear layer, Xavier-uniform with zero bias (section 3.3). Everything random
     comes from `seed`; the global random state is left as it was. weights: "none", "imagenet"
     (torchvision's IMAGENET1K_V1, downloaded once to torch's hub cache) or the path of a state dict
-    or of a `model.pt`; a head in it that does not fit `classes` is dropped with one printed line.
-    """
+    or of a `model.pt`; a head in it that does not fit `classes` is dropped: one line says so."""
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise InputError(f"unknown model {name!r}; torchvision has resnet50, vgg16, "
                          "efficientnet_b0, mobilenet_v2, resnet18, ...")

@@ -39,8 +39,7 @@ class Images:
         return np.bincount(self.labels.numpy()[indices], minlength=len(self.classes)).tolist()
 
     def units(self) -> dict[str, np.ndarray]:
-        """The patients and groups, where a table knows them: int64 [N] each. An image of an unknown
-        one is one of its own."""
+        """Patients and groups, where a table has them: int64 [N] each. Unknown ones all differ."""
         return {unit: splits.numbered(self.known[unit]) for unit in UNITS if unit in self.known}
 
     def client_names(self, clients: list[np.ndarray]) -> list[str]:

@@ -114,9 +114,8 @@ def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_va
     """K-fold cross-validation (section 3.5): K splits whose test parts are disjoint and cover all.
     `val` is the share `inner_val` of what a fold leaves for training, taken in the manner of the
     folds and never from its test part; empty where inner_val is 0. `grouped`: StratifiedGroupKFold
-    over `groups`, which stay whole. `blocked`: per class K runs of consecutive file numbers, 30
-    files dropped beside the test part and before the validation part. Raises InputError for more
-    folds than a class has images (or groups), and for parts that would be empty."""
+    over `groups`, which stay whole. `blocked`: stretches of file numbers, by `_blocked`. Raises
+    InputError for more folds than a class has images (or groups), and for parts without images."""
     if kind not in FOLDS:
         raise InputError(f"--split {kind} knows no folds; one of {', '.join(FOLDS)}")
     units = (np.unique(groups, return_inverse=True)[1] if kind == "grouped"
@@ -151,8 +150,7 @@ def make_folds(kind: str, labels: np.ndarray, folds: int, seed: int, *, inner_va
 def given(words: np.ndarray, labels: np.ndarray, seed: int, groups: list | None = None) -> Split:
     """The split whose parts are named, str [n]: train, val, test, dropped or val+test. Where none
     is val, a tenth of the training part validates: stratified, or whole groups where they are
-    known, one id an image. Raises InputError without a training or a test part, or for images that
-    are in none."""
+    known, one id an image. InputError without a training or a test part, or for images in none."""
     split = {part: np.flatnonzero([part in word.split("+") for word in words.tolist()])
              for part in ("train", "val", "test")}
     if (words == "").any():
@@ -224,8 +222,7 @@ def partition(kind: str, labels: np.ndarray, train: np.ndarray, clients: int, se
     remainder to the last (section 3.6; 651/651/651/653). `dirichlet`: each class dealt by
     Dir(alpha) over clients (Hsu et al. 2019, arXiv 1909.06335), redrawn until no client is empty.
     `dirichlet-equal`: sizes as iid, each client's class mix drawn from Dir(alpha). `shards`: every
-    client holds exactly `classes_per_client` classes. Raises InputError where that cannot be done.
-    """
+    client holds exactly `classes_per_client` classes. InputError where that cannot be done."""
     if clients > len(train):
         raise InputError(f"{clients} clients are more than the {len(train)} training images")
     rng = np.random.default_rng([seed, PARTITIONS.index(kind)])
