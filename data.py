@@ -74,7 +74,7 @@ def read_folder(root: str, size: int, skip_bad: bool = False, classes: list[str]
     if listed is not None:
         there = table.apply(listed, there, skip_unlisted, classes)
     there = there.by_class()
-    if cache is None:
+    if not cache:
         check_memory(len(there.files), size)
     store = Cache(cache, there.files, size, list(removed)) if cache else None
     images = _collect(there, decode_all(there.files, size), size, removed,
@@ -252,11 +252,11 @@ def describe(args: argparse.Namespace, images: Images) -> None:
     parts.settle(args, images)
     split = parts.make_split(args, images)
     clients = parts.make_clients(args, images, split)
-    rows = {"all": np.arange(len(images.paths)), **split}
-    rows |= dict(zip(images.titles(clients), clients, strict=True))
+    rows = [("all", np.arange(len(images.paths))), *split.items(),
+            *zip(images.titles(clients), clients, strict=True)]
     width = max(map(len, images.classes)) + 2
     print(f"{'part':<12}{'images':>8}" + "".join(f"{c:>{width}}" for c in images.classes))
-    for name, part in rows.items():
+    for name, part in rows:
         print(f"{name:<12}{len(part):>8}"
               + "".join(f"{c:>{width}}" for c in images.class_counts(part)))
 

@@ -6,6 +6,7 @@ image size, interventions, Pillow's version and this code. A set may be larger t
 
 from checks import warn
 
+import atexit
 import hashlib
 import json
 import os
@@ -28,7 +29,8 @@ class Cache:
         name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.pixels, self.facts = (Path(folder) / f"{name}.{end}" for end in ("pixels", "json"))
-        self.own = self.pixels.with_suffix(f".{os.getpid()}.tmp")
+        self.own, self.beside = (self.pixels.with_suffix(f".{os.getpid()}.{end}")
+                                 for end in ("tmp", "facts"))
         self.shape = len(files), size, size, 3
 
     def read(self) -> tuple[np.ndarray, dict] | None:
@@ -37,17 +39,19 @@ class Cache:
         if not self.facts.exists():
             return None
         try:
-            facts = json.loads(self.facts.read_text("utf-8"))
+            checksum, facts = json.loads(self.facts.read_text("utf-8"))
             pixels = np.memmap(self.pixels, np.uint8, "r", shape=(facts["n"], *self.shape[1:]))
-            if facts["checksum"] == zlib.crc32(pixels):
+            if checksum == zlib.crc32(json.dumps(facts).encode(), zlib.crc32(pixels)):
                 return pixels, facts
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             pass
         warn(f"--cache: {self.pixels} is damaged, so that the images are decoded again")
         return None
 
     def create(self) -> np.ndarray:
         """Room for the pixels on disk. In memory, with one line, where the disk has none."""
+        for path in (self.own, self.beside):  # half of a cache is no use to anybody
+            atexit.register(path.unlink, missing_ok=True)
         try:
             with open(self.own, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, int(np.prod(self.shape)))
@@ -64,12 +68,12 @@ class Cache:
             return pixels[:n]
         try:
             pixels.flush()
-            noted = facts | {"n": n, "checksum": zlib.crc32(pixels[:n])}
-            beside = self.own.with_suffix(".facts")
-            beside.write_text(json.dumps(noted), "utf-8")
+            noted = facts | {"n": n}
+            checksum = zlib.crc32(json.dumps(noted).encode(), zlib.crc32(pixels[:n]))
+            self.beside.write_text(json.dumps([checksum, noted]), "utf-8")
             self.facts.unlink(missing_ok=True)  # of a damaged one
             os.replace(self.own, self.pixels)
-            os.replace(beside, self.facts)
+            os.replace(self.beside, self.facts)
         except OSError as error:
             warn(f"--cache: {error.strerror}: goes on without a cache")
         return pixels[:n]

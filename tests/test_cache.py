@@ -86,7 +86,7 @@ def test_a_changed_set_is_decoded_anew(root, tmp_path, decoded, change):
     assert same(found, data.read_folder(str(root), more.pop("size", 16), **more))
 
 
-@pytest.mark.parametrize("damage", ["pixel", "short", "facts", "no pixels"])
+@pytest.mark.parametrize("damage", ["pixel", "short", "facts", "no facts", "digest", "no pixels"])
 def test_damage_is_noticed_and_never_believed(root, tmp_path, decoded, damage, capsys):
     plain = load(root, tmp_path / "c")
     (pixels,), (facts,) = ((tmp_path / "c").glob(f"*.{end}") for end in ("pixels", "json"))
@@ -99,6 +99,10 @@ def test_damage_is_noticed_and_never_believed(root, tmp_path, decoded, damage, c
         pixels.write_bytes(content[:-1])
     if damage == "facts":
         facts.write_text(facts.read_text()[:-20])
+    if damage == "no facts":
+        facts.write_text("[]")
+    if damage == "digest":
+        facts.write_text(facts.read_text().replace(plain.digests[3], plain.digests[4]))
     if damage == "no pixels":
         pixels.unlink()
     expected = data.read_folder(str(root), 16)
@@ -134,6 +138,25 @@ def test_a_full_disk_is_one_line_and_work_goes_on(root, tmp_path, monkeypatch, c
     assert capsys.readouterr().err.splitlines() == [
         "--cache: No space left on device: goes on without a cache"]
     assert not list((tmp_path / "c").glob("*.json"))
+
+
+STOPPED = """
+import data, os, signal, sys
+from dataset import files
+decode = files.decode
+def stop(path, size):
+    if path.stem == "b-006":
+        os.kill(os.getpid(), signal.SIGINT)
+    return decode(path, size)
+files.decode = stop
+data.read_folder(sys.argv[1], 16, cache=sys.argv[2])
+"""
+
+
+def test_stopped_in_between_it_leaves_nothing(root, tmp_path):
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(root), str(tmp_path / "c")], cwd=ROOT,
+                          check=False, capture_output=True, text=True)
+    assert done.stderr.endswith("KeyboardInterrupt\n") and not list((tmp_path / "c").iterdir())
 
 
 LIMITED = """

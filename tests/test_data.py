@@ -267,6 +267,15 @@ def test_images_are_of_224_pixels_unless_said_and_of_8_at_least():
         flags("--image-size", "7")
 
 
+def test_a_client_named_like_a_part_has_a_line_of_its_own(capsys):
+    images = toy_images(60)
+    images.known = {"client": np.array(["test", "B"] * 30)}
+    data.describe(flags(), images)
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-6:]]
+    assert [name for name, _ in lines] == ["all", "train", "val", "test", "B", "test"]
+    assert int(lines[4][1]) + int(lines[5][1]) == int(lines[1][1]) == 48 and lines[3][1] == "6"
+
+
 SIZES = [(10, 10), (9, 20), (50, 3), (30, 4), (13, 13), (12, 11)]  # by area: 1 6 4 2 5 3
 
 
