@@ -64,9 +64,9 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
     folder and writes. Raises FloatingPointError where no update of a round is finite.
     """
     checkpoint = experiment.start(args, job, folder, run)
-    state, local_bn, history = (checkpoint[key] for key in ("state", "local_bn", "history"))
-    model, images, (split,), (clients,) = (run.model, run.images, run.several.values(),
-                                           run.clients.values())
+    state, local_bn, history = checkpoint["state"], checkpoint["local_bn"], checkpoint["history"]
+    model, images = run.model, run.images
+    (split,), (clients,) = run.several.values(), run.clients.values()  # a single one of each
     mine = {name: job.part(indices) for name, indices in split.items()}
     counts = job.total("counts", images.class_counts(mine["train"]))
     first_recipe = experiment.weighted(args, run, counts)
@@ -76,7 +76,7 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
               for name in ("val", "test") if args.bn == "local"}
     measured = evaluation.Evaluation(model, images, mine, shares)
 
-    def train_client(k: int) -> fedavg.Update:  # ClientUpdate(k, θ) of Algorithm 1
+    def client_update(k: int) -> fedavg.Update:  # ClientUpdate(k, θ) of Algorithm 1
         start = state | local_bn.get(k, {})  # FedBN: with the client's own BatchNorm entries
         return fedavg.train_client(model, start, images, clients[k], recipe,
                                    (args.seed, round_index, k), bar.update)
@@ -90,7 +90,7 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
         recipe = replace(first_recipe, lr=evaluation.plateau_lr(history, args.lr, args.plateau))
         average, records = fedavg.WeightedAverage(), []
         with progress_bar(args, folder, clients, job.mine(chosen), round_index) as bar:
-            for update in job.collect(chosen, train_client, like=state):  # in client order
+            for update in job.collect(chosen, client_update, like=state):  # in client order
                 entries = fedavg.accept(update, records, local_bn, bn_keys)
                 if entries is not None:  # None: not finite, left out
                     average.add(entries, update.num_examples)  # n_k θ_k joins the sum
