@@ -233,23 +233,30 @@ def plot_curves(groups: dict[str, list[Run]], path: Path) -> None:
 
 
 def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> None:
-    """Accuracies with their intervals, a line for each row of the table."""
-    with figures.drawing(path, 7, 0.3 * len(rows) + 0.8) as axis:
-        for y, (label, row) in enumerate(rows.items()):
-            accuracy, color = row["accuracy"], "tab:blue" if label in groups else "grey"
-            if accuracy.get("value", accuracy.get("mean")) is None:
-                continue  # colour where the training part has one class
+    """Accuracies with their intervals, row by row; the best of colour alone is a dashed line."""
+    def middle(label):
+        return rows[label]["accuracy"].get("value", rows[label]["accuracy"].get("mean"))
+    words = {label: f"{label} ({terminal.show(row['accuracy'])})" for label, row in rows.items()}
+    shown = [label for label in rows if not label.startswith("no network")]
+    colour = [label for label in rows if label not in shown and middle(label) is not None]
+    note = "accuracy: 95 % interval; of several runs each and their mean"
+    with figures.drawing(path, 7, 0.3 * len(shown) + 1) as axis:
+        for y, label in enumerate(shown):
+            accuracy, color = rows[label]["accuracy"], "tab:blue" if label in groups else "grey"
+            if middle(label) is None:
+                continue
             if "mean" in accuracy:
-                values = [r.results["best"]["test"]["accuracy"]["value"]
-                          for r in groups.get(label, [])]
+                values = [r.results["best"]["test"]["accuracy"]["value"] for r in groups[label]]
                 axis.plot(values, [y] * len(values), "o", ms=3, mfc="none", color=color)
-                axis.plot(accuracy["mean"], y, "d", color=color)
             else:
                 axis.plot([accuracy["low"], accuracy["high"]], [y, y], color=color)
-                axis.plot(accuracy["value"], y, "d", color=color)
-        axis.set_yticks(range(len(rows)), [f"{label} ({terminal.show(row['accuracy'])})"
-                                           for label, row in rows.items()], fontsize=7)
-        axis.set_xlabel("accuracy: 95 % interval; of several runs each and their mean", fontsize=7)
+            axis.plot(middle(label), y, "d", color=color)
+        if colour:
+            best = max(colour, key=middle)
+            axis.axvline(middle(best), ls="--", lw=1, color="grey")
+            note += f"\ndashed: {words[best]}"
+        axis.set_yticks(range(len(shown)), [words[label] for label in shown], fontsize=7)
+        axis.set_xlabel(note, fontsize=7)
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)
 

@@ -256,23 +256,28 @@ def test_the_curves_of_a_group_have_one_colour_and_one_entry_in_the_legend(tmp_p
         "validation accuracy", "validation loss"]
 
 
-def test_the_figure_of_accuracies_has_a_line_for_each_row_of_the_table(tmp_path, saved):
+def test_the_figure_of_accuracies_has_rows_for_networks_and_a_line_for_colour(tmp_path, saved):
     def ran(accuracy):
         return SimpleNamespace(results={"best": {"test": {"accuracy": {"value": accuracy}}}})
     rows = {"a": {"accuracy": {"value": 0.5, "low": 0.25, "high": 0.75}},
             "none": {"accuracy": {"value": None, "low": None, "high": None}},
             "b": {"accuracy": {"mean": 0.5, "sd": 0.25, "n": 2}},
-            "paper": {"accuracy": {"value": 0.0, "low": 0.0, "high": 0.5}}}
+            "paper": {"accuracy": {"value": 0.0, "low": 0.0, "high": 0.5}},
+            "no network: means": {"accuracy": {"mean": 0.125, "sd": 0.0, "n": 2}},
+            "no network: worse": {"accuracy": {"value": 0.0, "low": 0.0, "high": 0.5}},
+            "no network: one class": {"accuracy": {"mean": None, "sd": None, "n": 0}}}
     compare.plot(rows, {"a": [ran(0.5)], "b": [ran(0.25), ran(0.75)]}, tmp_path / "x.png")
     (axis,) = saved[0].axes
     drawn = [(line.get_xydata().tolist(), line.get_color()) for line in axis.lines]
     assert drawn == [
         ([[0.25, 0], [0.75, 0]], "tab:blue"), ([[0.5, 0]], "tab:blue"),
         ([[0.25, 2], [0.75, 2]], "tab:blue"), ([[0.5, 2]], "tab:blue"),
-        ([[0.0, 3], [0.5, 3]], "grey"), ([[0.0, 3]], "grey")]
+        ([[0.0, 3], [0.5, 3]], "grey"), ([[0.0, 3]], "grey"),
+        ([[0.125, 0], [0.125, 1]], "grey")]  # from the bottom to the top of the figure
     assert [text.get_text() for text in axis.get_yticklabels()] == [
         "a (0.5000 (0.2500–0.7500))", "none (–)", "b (0.5000 ± 0.2500)",
         "paper (0.0000 (0.0000–0.5000))"]
+    assert axis.get_xlabel().endswith("\ndashed: no network: means (0.1250 ± 0.0000)")
     assert axis.yaxis_inverted()  # in the order of the table
 
 

@@ -266,9 +266,9 @@ def test_a_probe_of_one_class_predicts_it():
 
 def test_a_comparison_draws_no_figure_that_is_undefined(tmp_path):
     nothing = {"value": None, "low": None, "high": None}
-    compare.plot({"colour": {"accuracy": nothing}, "more": {"accuracy": {"mean": None, "n": 0}},
-                  "net": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}}, {},
-                 tmp_path / "x.png")
+    compare.plot({"net": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}, "more":
+                  {"accuracy": nothing}, "no network: means": {"accuracy": nothing}, "no network: "
+                  "statistics": {"accuracy": {"mean": None, "n": 0}}}, {}, tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").format == "PNG"
 
 

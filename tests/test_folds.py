@@ -267,8 +267,9 @@ def test_the_committed_comparison_of_folds_is_what_their_predictions_give(tmp_pa
         [3203, 3227, 3208])
 
 
-def test_committed_hospitals_alone_have_the_mean_of_their_predictions():
-    whole = ROOT / "results" / "alone-iid-10x5-seed0"
+@pytest.mark.parametrize("name", ["alone-iid-10x5-seed0", "folds-alone"])
+def test_committed_hospitals_alone_have_the_mean_of_their_predictions(name):
+    whole = ROOT / "results" / name
     values = []
     for k in range(4):
         _, test, p = recomputed(whole / f"client{k}")
