@@ -126,11 +126,11 @@ def prepare(folder: Path, alone: str | None, replay: bool, place: str | None = N
 
 
 def check_split(folder: Path, images: data.Images, split: Split,
-                clients: list[np.ndarray]) -> None:
-    """InputError where split.csv of a run is not this split with these clients."""
+                clients: list[np.ndarray] | None = None) -> None:
+    """InputError where split.csv of a run is not this split, with these clients where given."""
     there, own, _ = tables.read_split(folder, images)
     if any(not np.array_equal(there[part], split[part]) for part in split) or (
-            [k.tolist() for k in own] != [k.tolist() for k in clients]):
+            clients is not None and [k.tolist() for k in own] != [k.tolist() for k in clients]):
         raise InputError(f"{folder}: its split.csv has another split, or other clients")
 
 
@@ -155,10 +155,7 @@ def check_alone(folder: Path, case: Case) -> dict[str, list[Path]]:
         for part, own in zip(parts[fold], clients, strict=True):
             if not (part / "results.json").exists():
                 raise InputError(f"--alone {folder}: not complete, {part} has no results.json")
-            there = tables.read_split(part, case.run.images)[0]
-            split = case.run.several[fold] | {"train": own}
-            if any(not np.array_equal(there[name], split[name]) for name in split):
-                raise InputError(f"{part}: its split.csv has another split, or other clients")
+            check_split(part, case.run.images, case.run.several[fold] | {"train": own})
     return parts
 
 
