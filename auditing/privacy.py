@@ -25,18 +25,8 @@ from tqdm import tqdm
 import data
 import fedavg
 import models
-from auditing import duplicates
-from auditing.membership import (
-    Sides,
-    attack,
-    controls,
-    described,
-    make_sides,
-    margin,
-    of_nobody,
-    of_others,
-    sources,
-)
+from auditing import duplicates, membership
+from auditing.membership import Sides
 from dataset.splits import Split
 from reporting import finished, provenance, run_folder, tables
 from training import evaluation, experiment
@@ -190,7 +180,8 @@ def measure(case: Case, groups: np.ndarray) -> dict:
     parts = {}
     with tqdm(total=passes, desc="privacy", unit="pass", leave=False, disable=None) as bar:
         for name, split in run.several.items():
-            sides = make_sides(run.images.labels.numpy(), split, case.hospitals(name), groups)
+            sides = membership.make_sides(run.images.labels.numpy(), split, case.hospitals(name),
+                                          groups)
             parts[name] = measure_part(case, name, sides, start, bar.update)
     return out | {"names": run.images.titles(case.hospitals(name)), "parts": parts}
 
@@ -205,24 +196,24 @@ def measure_part(case: Case, fold: str, sides: Sides, start: models.State,
     def owned(path: Path) -> np.ndarray:
         return score(models.read_file(path)["state"])
 
-    folder, every = case.folder / fold, (sides.owner >= 0)[None] & sides.single
+    folder, train = case.folder / fold, sides.owner >= 0
     before, best = score(start), owned(folder / "model.pt")
-    last = owned(folder / "last.pt") if (folder / "last.pt").exists() else None
-    hospitals = list(range(len(case.hospitals(fold))))
+    last = owned(folder / "last.pt")[None] if (folder / "last.pt").exists() else None
+    every, hospitals = (train & sides.single)[None], list(range(len(case.hospitals(fold))))
     out = {"A1": {
-        "best": described(best[None], every, sides),
-        "last": None if last is None else described(last[None], every, sides),
-        "hospitals": [attack(best[None], member[None], sides.outside, sides)
-                      for member in sides.members(hospitals)] if hospitals else [],
-        "with_partner": attack(best[None], ((sides.owner >= 0) & ~sides.single)[None],
-                               (sides.owner < 0) & ~sides.single, sides),
-        "placebo": attack(before[None], every, sides.outside, sides)}}
+        "best": membership.described(best[None], every, sides),
+        "last": None if last is None else membership.described(last, every, sides),
+        "hospitals": [membership.attack(best[None], member[None], sides.outside, sides)
+                      for member in sides.members(hospitals)],
+        "with_partner": membership.attack(best[None], (train & ~sides.single)[None],
+                                          ~train & ~sides.single, sides),
+        "placebo": membership.attack(before[None], every, sides.outside, sides)}}
     if "A2" not in case.why:
         own = np.stack([owned(part / "model.pt") for part in case.alone[fold]])
-        out["A2"] = described(best - of_others(own), sides.members(hospitals), sides) | {
-            "controls": controls(own, hospitals, sides),
-            "placebo": attack(before - of_others(own), sides.members(hospitals), sides.outside,
-                              sides)}
+        others, members = membership.of_others(own), sides.members(hospitals)
+        out["A2"] = membership.described(best - others, members, sides) | {
+            "controls": membership.controls(own, hospitals, sides),
+            "placebo": membership.attack(before - others, members, sides.outside, sides)}
     if "A3" not in case.why:
         out |= server(case, fold, sides, start, progress)
     return out
@@ -235,7 +226,7 @@ def phi(run: experiment.Experiment, sides: Sides, progress: Callable) -> np.ndar
         rows = sides.indices[start:start + data.EVAL_BATCH]
         logits.append(evaluation.predict(run.model, run.images, rows).numpy())
         progress(len(rows))
-    return margin(np.concatenate(logits), sides.labels)
+    return membership.margin(np.concatenate(logits), sides.labels)
 
 
 # ---- the server: rounds replayed ----------------------------------------------------------------
@@ -302,8 +293,9 @@ def of_round(found: dict[int, np.ndarray], round_index: int, sides: Sides) -> di
     if len(hospitals) < 2:
         return out
     updates = np.stack(list(found.values()))
-    scores = updates - of_others(updates)
+    scores = updates - membership.of_others(updates)
     return out | {
-        "A3": described(scores, sides.members(hospitals), sides) | {
-            "controls": controls(updates, hospitals, sides), "nobody": of_nobody(scores, sides)},
-        "A4": sources(updates, hospitals, sides)}
+        "A3": membership.described(scores, sides.members(hospitals), sides) | {
+            "controls": membership.controls(updates, hospitals, sides),
+            "nobody": membership.of_nobody(scores, sides)},
+        "A4": membership.sources(updates, hospitals, sides)}
