@@ -168,15 +168,15 @@ def measure(case: Case, groups: np.ndarray) -> dict:
     out = {"run": case.folder.name, "synthetic": case.record["synthetic"], "not_tried": case.why}
     if case.run is None:
         return out | {"parts": {}}
-    run = case.run
+    run, args = case.run, case.args
     data.keep_on(run.images, run.device)
     start = models.moved(run.model.state_dict(), run.device)  # the network before training
     images = sum(len(split[part]) for split in run.several.values() for part in ("train", "test"))
-    rounds = 0 if "A3" in case.why else 2 * len(sampled(case, 1))  # updates to replay
-    passes = images * (3 + len(next(iter(case.alone.values()), [])) + rounds)
-    if rounds:
-        passes += sum(BACKWARD * case.args.local_epochs * case.args.expand * rounds
-                      * len(split["train"]) // case.args.clients for split in run.several.values())
+    updates = 0 if "A3" in case.why else 2 * round(args.fraction * args.clients)  # of two rounds
+    passes = images * (3 + len(next(iter(case.alone.values()), [])) + updates)
+    if updates:
+        passes += sum(BACKWARD * args.local_epochs * args.expand * updates * len(split["train"])
+                      // args.clients for split in run.several.values())
     parts = {}
     with tqdm(total=passes, desc="privacy", unit="pass", leave=False, disable=None) as bar:
         for name, split in run.several.items():
@@ -231,11 +231,6 @@ def phi(run: experiment.Experiment, sides: Sides, progress: Callable) -> np.ndar
 
 # ---- the server: rounds replayed ----------------------------------------------------------------
 
-def sampled(case: Case, round_index: int) -> list[int]:
-    args = case.args
-    return fedavg.sample_clients(args.clients, args.fraction, args.seed, round_index)
-
-
 def replay(case: Case, fold: str, state: models.State, history: list[dict], sides: Sides,
            progress: Callable) -> tuple[dict[int, np.ndarray], list[dict]]:
     """The round after `history`, from `state`, client by client, by the code of training itself:
@@ -245,7 +240,7 @@ def replay(case: Case, fold: str, state: models.State, history: list[dict], side
     recipe = replace(experiment.weighted(args, run, counts),
                      lr=evaluation.plateau_lr(history, args.lr, args.plateau))
     records, found = [], {}
-    for k in sampled(case, round_index):
+    for k in fedavg.sample_clients(args.clients, args.fraction, args.seed, round_index):
         update = fedavg.train_client(run.model, state, run.images, run.clients[fold][k], recipe,
                                      (args.seed, round_index, k),
                                      lambda n: progress(BACKWARD * n))
