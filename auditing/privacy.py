@@ -132,8 +132,7 @@ def check_alone(folder: Path, case: Case) -> dict[str, list[Path]]:
         raise InputError(f"--alone {folder}: not a run of train_central.py --like --local-only")
     run_folder.check_images(folder, case.run.images)
     places = {"data", "table", "columns", "skip_unlisted", "device", "bn"}
-    other = [name for name in sorted(set(theirs) & set(ours) - places)
-             if theirs[name] != ours[name]]
+    other = sorted(name for name in set(theirs) & set(ours) - places if theirs[name] != ours[name])
     other += ["epochs"] if theirs["epochs"] != ours["rounds"] * ours["local_epochs"] else []
     other += ["bn"] if (theirs["bn"] == "freeze") != (ours["bn"] == "freeze") else []
     if other:
@@ -242,8 +241,7 @@ def replay(case: Case, fold: str, state: models.State, history: list[dict], side
     records, found = [], {}
     for k in fedavg.sample_clients(args.clients, args.fraction, args.seed, round_index):
         update = fedavg.train_client(run.model, state, run.images, run.clients[fold][k], recipe,
-                                     (args.seed, round_index, k),
-                                     lambda n: progress(BACKWARD * n))
+                                     (args.seed, round_index, k), lambda n: progress(BACKWARD * n))
         if fedavg.accept(update, records, {}, []) is not None:  # not finite: left out, as there
             found[k] = phi(run, sides, progress)  # the network still holds the update
     return found, records
@@ -253,10 +251,9 @@ def prove(records: list[dict], recorded: list[dict]) -> dict:
     """Whether replayed update norms equal the recorded ones, and the largest relative difference;
     None where they cannot be compared (other clients, an update that is not finite)."""
     here, there = ({r["client"]: r["update_norm"] for r in rows} for rows in (records, recorded))
-    if here.keys() != there.keys() or None in {*here.values(), *there.values()}:
-        return {"equal": here == there, "by": None}
-    return {"equal": here == there,
-            "by": max(abs(here[k] - there[k]) / max(abs(there[k]), 1e-300) for k in here)}
+    known = here.keys() == there.keys() and None not in {*here.values(), *there.values()}
+    return {"equal": here == there, "by": max(
+        abs(here[k] - there[k]) / max(abs(there[k]), 1e-300) for k in here) if known else None}
 
 
 def server(case: Case, fold: str, sides: Sides, start: models.State, progress: Callable) -> dict:
