@@ -52,8 +52,7 @@ class Case:
 
     def hospitals(self, fold: str) -> list[np.ndarray]:
         """Their training images; none where they cannot be told apart by chance alone."""
-        exchangeable = vars(self.args).get("partition") in EXCHANGEABLE
-        return self.run.clients[fold] if exchangeable else []
+        return self.run.clients[fold] if vars(self.args).get("partition") in EXCHANGEABLE else []
 
 
 def refused(arguments: dict) -> dict[str, str]:
@@ -188,15 +187,13 @@ def measure(case: Case, groups: np.ndarray) -> dict:
 def measure_part(case: Case, fold: str, sides: Sides, start: models.State,
                  progress: Callable) -> dict:
     """The attacks on the network of one split. start: its state before training."""
-    def score(state: models.State) -> np.ndarray:
-        case.run.model.load_state_dict(state)
+    def owned(path: Path) -> np.ndarray:
+        case.run.model.load_state_dict(models.read_file(path)["state"])
         return phi(case.run, sides, progress)
 
-    def owned(path: Path) -> np.ndarray:
-        return score(models.read_file(path)["state"])
-
     folder, train = case.folder / fold, sides.owner >= 0
-    before, best = score(start), owned(folder / "model.pt")
+    case.run.model.load_state_dict(start)
+    before, best = phi(case.run, sides, progress), owned(folder / "model.pt")
     last = owned(folder / "last.pt")[None] if (folder / "last.pt").exists() else None
     every, hospitals = (train & sides.single)[None], list(range(len(case.hospitals(fold))))
     out = {"A1": {
