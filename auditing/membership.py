@@ -59,8 +59,7 @@ def make_sides(labels: np.ndarray, split: Split, clients: list[np.ndarray],
     place = np.unique(groups, return_inverse=True)[1]
     partners = np.bincount(place, train)[place] - train  # an image is no partner of itself
     indices = np.flatnonzero(owner > -2)
-    return Sides(indices, labels[indices], groups[indices], owner[indices],
-                 partners[indices] == 0)
+    return Sides(indices, labels[indices], groups[indices], owner[indices], partners[indices] == 0)
 
 
 def stratified_auc(scores: np.ndarray, members: np.ndarray, outside: np.ndarray,
@@ -110,15 +109,14 @@ def attack(scores: np.ndarray, members: np.ndarray, outside: np.ndarray, sides: 
     labels, any_member = sides.labels[used], members.any(0)
     once = np.ones((1, len(labels)), dtype=np.int64)
     value = stratified_auc(scores, members, outside, labels, once)[0]
-    out = {"value": None, "low": None, "high": None, "se": None, "detectable": None,
-           "members": int(any_member.sum()), "non_members": int(outside.sum())}
-    if not np.isfinite(value):
+    out = {"value": float(value) if np.isfinite(value) else None, "low": None, "high": None,
+           "se": None, "detectable": None, "members": int(any_member.sum()),
+           "non_members": int(outside.sum())}
+    groups = sides.groups[used]
+    several = [len(np.unique(groups[side])) for side in (any_member, outside)]
+    if out["value"] is None or sum(several) < metrics.LEAST or min(several) < metrics.LEAST_WRONG:
         return out
-    out["value"] = float(value)
-    groups = [len(np.unique(sides.groups[used][side])) for side in (any_member, outside)]
-    if sum(groups) < metrics.LEAST or min(groups) < metrics.LEAST_WRONG:
-        return out
-    counts = resample(any_member, outside, labels, sides.groups[used], seed)
+    counts = resample(any_member, outside, labels, groups, seed)
     values = stratified_auc(scores, members, outside, labels, counts)
     se = float(values[np.isfinite(values)].std(ddof=1))
     return out | metrics.percentiles(values) | (
