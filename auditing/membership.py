@@ -152,10 +152,9 @@ def rates(score: np.ndarray, member: np.ndarray, outside: np.ndarray,
     hits, m = caught(score, member, outside, labels)
     out = []
     for k in sorted({0, len(hits) // 100}) if m and len(hits) else []:
-        interval = binomtest(int(hits[k]), m).proportion_ci(method="exact")
+        low, high = binomtest(int(hits[k]), m).proportion_ci(method="exact")
         out.append({**false_rate(k, len(hits)), "hits": int(hits[k]), "members": m,
-                    "value": float(hits[k] / m), "low": float(interval.low),
-                    "high": float(interval.high)})
+                    "value": float(hits[k] / m), "low": float(low), "high": float(high)})
     return out
 
 
@@ -202,8 +201,7 @@ def of_nobody(scores: np.ndarray, sides: Sides, seed: int = 0) -> dict:
     for c in np.unique(sides.labels):
         here = sides.outside & (sides.labels == c)
         half |= here & np.isin(sides.groups, rng.permutation(np.unique(sides.groups[here]))[::2])
-    members = np.broadcast_to(half, scores.shape)
-    return attack(scores, members, sides.outside & ~half, sides)
+    return attack(scores, np.broadcast_to(half, scores.shape), sides.outside & ~half, sides)
 
 
 def sources(phi: np.ndarray, hospitals: list[int], sides: Sides, seed: int = 0) -> dict:
