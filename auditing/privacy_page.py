@@ -13,6 +13,7 @@ from reporting.terminal import show
 
 WHO = {"A1": "whoever holds the final model", "A2": "the other hospitals together",
        "A3": "the server, from one round", "A4": "the server: whose image"}
+NULLS = {"controls": "controls", "placebo": "network before training", "nobody": "images of nobody"}
 LIMITS = """- An image is no patient. A split by image puts the images of a patient on both sides;
   what tells a patient is then in both arms and cancels. For patients every figure is a lower bound.
 - These few attacks were chosen beforehand. Stronger ones may find more; LiRA needs tens of models.
@@ -25,22 +26,18 @@ def rows_of(result: dict) -> list[tuple[str, dict | None, bool]]:
     """(name, figure, whether it is a null) of every AUC, in the order of the report."""
     rows = []
     for name, part in result["parts"].items():
-        at, names = f"{name}: " if name else "", result["names"]
-        a1 = part["A1"]
+        at, names, a1 = f"{name}: " if name else "", result["names"], part["A1"]
         rows += [(f"{at}A1, model.pt", a1["best"], False), (f"{at}A1, last.pt", a1["last"], False)]
         rows += [(f"{at}A1, {who}", figure, False)
                  for who, figure in zip(names, a1["hospitals"], strict=False)]
         rows += [(f"{at}A1, images with a partner in training", a1["with_partner"], False),
                  (f"{at}placebo: before training", a1["placebo"], True)]
         for attack, hospitals, found in compared(result, name):
-            targets = [names[k] for k in hospitals]
             rows += [(attack, found, False)]
-            rows += [(f"{attack}, {who}", figure, False)
-                     for who, figure in zip(targets, found["targets"], strict=True)]
-            rows += [(f"{attack}, controls", found["controls"], True)]
-            rows += [(f"{attack}, {title}", found[key], True) for key, title in (
-                ("placebo", "network before training"), ("nobody", "images of nobody"))
-                if key in found]
+            rows += [(f"{attack}, {names[k]}", figure, False)
+                     for k, figure in zip(hospitals, found["targets"], strict=True)]
+            rows += [(f"{attack}, {title}", found[key], True)
+                     for key, title in NULLS.items() if key in found]
     return rows
 
 
@@ -108,9 +105,8 @@ def page(result: dict) -> list[str]:
         return sections
     rates, sources = [], []
     for name, part in result["parts"].items():
-        best = part["A1"]["best"]["targets"][0]
         at = f"{name}: " if name else ""
-        rates += rate_rows(f"{at}A1, model.pt", best["rates"])
+        rates += rate_rows(f"{at}A1, model.pt", part["A1"]["best"]["targets"][0]["rates"])
         sources += [[f"{at}round {one['round']}", a4["n"], show(a4), show(a4["one_of_k"]),
                      show(a4["largest"]), show(a4["permuted"])]
                     for one in part.get("rounds", []) if (a4 := one["A4"])]
