@@ -24,18 +24,9 @@ from auditing import duplicates, privacy, privacy_page, probes
 from dataset import interventions, splits, table
 from dataset.files import CLASSES
 from dataset.images import UNITS
-from reporting import (
-    figures,
-    finished,
-    inference,
-    metrics,
-    pages,
-    paired,
-    report,
-    run_folder,
-    tables,
-    terminal,
-)
+from reporting import figures, finished, inference, metrics, paired, report, run_folder, tables
+from reporting.pages import markdown, write_page
+from reporting.terminal import show
 
 FOLDS = 5
 CAUTION = ("Both intervals assume more independence than 37 images a patient allow: images of one "
@@ -92,8 +83,8 @@ def seed_distribution(x: np.ndarray, labels: np.ndarray, seeds: int) -> dict:
 
 def probe_table(found: dict) -> str:
     names = list(next(iter(found.values())))
-    return pages.markdown(["probe", *names], [
-        [probe, *(terminal.show(row[name]) for name in names)] for probe, row in found.items()])
+    return markdown(["probe", *names], [
+        [probe, *(show(row[name]) for name in names)] for probe, row in found.items()])
 
 
 def audit_data(args: argparse.Namespace) -> None:
@@ -132,7 +123,7 @@ def write_data_audit(args: argparse.Namespace, images: data.Images, folder: Path
         figures.plot_interventions(images, folder / "interventions.png")
         figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
         figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
-        pages.write_page(folder, data_page(result))
+        write_page(folder, data_page(result))
     return result
 
 
@@ -147,12 +138,12 @@ def data_page(result: dict) -> list[str]:
         (f"{counts['images']} images, fingerprint `{result['fingerprint'][:16]}`; "
          f"{len(result['bad_files'])} unreadable."),
         "## Duplicates",
-        pages.markdown(["what", "number"], [[k.replace("_", " "), v] for k, v in counts.items()]),
+        markdown(["what", "number"], [[k.replace("_", " "), v] for k, v in counts.items()]),
         (f"Near: at least {duplicates.OVERLAP:.0%} of the field in common, correlation at least "
          f"{duplicates.CORRELATION:g} there. Pairs across classes are a lower bound of the false "
          "alarms. Rotated, mirrored and rescaled copies are not looked for."),
-        pages.markdown(["split", "test images", "identical twin in training",
-                         "partner in training"], split_rows),
+        markdown(["split", "test images", "identical twin in training", "partner in training"],
+                 split_rows),
         "`groups.csv` is a table that `--table` of the trainers takes.",
         "## Shortcut probes", (
             "RBF SVM (C = 10) on a few numbers an image, no network; accuracy with Wilson 95 % "
@@ -249,7 +240,7 @@ def audit_run(args: argparse.Namespace) -> None:
         run_folder.write_json(out / "audit.json", result)
         with report.decoration(f"{out}/audit.json"):
             figures.plot_reliability(softmax(logits, axis=1), labels, out / "reliability.png")
-            pages.write_page(out, run_page(result))
+            write_page(out, run_page(result))
     report.print_place(out)
 
 
@@ -258,7 +249,7 @@ def run_page(result: dict) -> list[str]:
     best = max(result["probes"].items(), key=lambda item: item[1]["accuracy"]["value"])
     more = (best[1]["difference"]["low"] or 0) > 0
     loud = "**SYNTHETIC DATA**\n\n" if result["synthetic"] else ""
-    rows = [[name, terminal.show(p["accuracy"]), terminal.show(p["difference"]),
+    rows = [[name, show(p["accuracy"]), show(p["difference"]),
              f"{p['mcnemar']['a_only']} / {p['mcnemar']['b_only']}", f"{p['mcnemar']['p']:.2g}"]
             for name, p in result["probes"].items()]
     missed = "\n".join(f"- {path}" for path in result["called_benign"]) or "none"
@@ -269,22 +260,21 @@ def run_page(result: dict) -> list[str]:
         "## More than the probes?",
         (f"The best probe is *{best[0]}*. The network knows "
          f"**{'more' if more else 'nothing more that this test part shows'}**: difference "
-         f"{terminal.show(best[1]['difference'])}."),
-        pages.markdown(["probe, same images and training part", "accuracy", "network − probe",
-                         "right alone: network / probe", "McNemar p"], rows),
+         f"{show(best[1]['difference'])}."),
+        markdown(["probe, same images and training part", "accuracy", "network − probe",
+                  "right alone: network / probe", "McNemar p"], rows),
         "## Independence",
-        pages.markdown(["accuracy", "value"], [
-            ["all test images, Wilson", terminal.show(result["accuracy"])],
-            [f"all, by {result['groups_in_test']} {result['groups']}",
-             terminal.show(result["clustered"])],
-            ["without a partner in training", terminal.show(result["without_partner"])],
-            ["with a partner in training", terminal.show(result["with_partner"])]]), CAUTION,
-        "## Under interventions", pages.markdown(
+        markdown(["accuracy", "value"], [
+            ["all test images, Wilson", show(result["accuracy"])],
+            [f"all, by {result['groups_in_test']} {result['groups']}", show(result["clustered"])],
+            ["without a partner in training", show(result["without_partner"])],
+            ["with a partner in training", show(result["with_partner"])]]), CAUTION,
+        "## Under interventions", markdown(
             ["intervention on the test images alone", "accuracy", "difference"],
-            [[name, terminal.show(p["accuracy"]), terminal.show(p["difference"])]
+            [[name, show(p["accuracy"]), show(p["difference"])]
              for name, p in result["under_interventions"].items()]),
         "## Leukaemias called benign", missed,
-        "## Calibration", f"Expected calibration error {terminal.show(result['ece'])}.",
+        "## Calibration", f"Expected calibration error {show(result['ece'])}.",
         "![reliability](reliability.png)"]
 
 
