@@ -11,6 +11,7 @@ groups.csv, which --table takes. Pictures in it are for local use only.
 from checks import InputError, guard, integer, make_parser
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +61,9 @@ def probe_splits(images: data.Images, groups: np.ndarray) -> dict[str, list[spli
     labels = images.labels.numpy()
     out = {"default": [splits.make_split("random", labels, 42)]}
     for kind in ("grouped", "blocked"):
-        try:
+        with suppress(InputError):
             out[kind] = splits.make_folds(kind, labels, FOLDS, 42, inner_val=0,
                                           paths=images.paths, groups=groups.tolist())
-        except InputError:
-            continue
     return out
 
 
@@ -160,8 +159,7 @@ def data_page(result: dict) -> list[str]:
 
 # ---- a trained run ----------------------------------------------------------------------------
 
-def against_probes(correct: np.ndarray, images: data.Images,
-                   split: splits.Split) -> dict:
+def against_probes(correct: np.ndarray, images: data.Images, split: splits.Split) -> dict:
     """Paired tests of the network (bool, test part) against each probe on the same pixels."""
     labels, out = images.labels.numpy(), {}
     for name, x in probes.features(images).items():
