@@ -88,9 +88,8 @@ def probe_table(found: dict) -> str:
 
 def audit_data(args: argparse.Namespace) -> None:
     """Duplicates, shortcut probes and split seeds of a data set."""
-    images = data.read_folder(args.data, args.image_size, skip_bad=True,
-                              listed=table.chosen(args), skip_unlisted=args.skip_unlisted,
-                              cache=args.cache)
+    images = data.read_folder(args.data, args.image_size, skip_bad=True, listed=table.chosen(args),
+                              skip_unlisted=args.skip_unlisted, cache=args.cache)
     with run_folder.made(args.out, f"runs/audit-{images.name}") as folder:
         result = write_data_audit(args, images, folder)
     counts = result["duplicates"]

@@ -45,10 +45,9 @@ def grey(pixels: Tensor) -> Tensor:
 
 def spectra(pixels: Tensor) -> Tensor:
     """Whitened spectra, complex64 [n, SIDE, SIDE/2 + 1], of uint8 [n, 3, H, W], edges tapered."""
-    ramp = 0.5 - 0.5 * torch.cos(torch.pi * (torch.arange(SIDE * 3 // 20) + 0.5)
-                                 / (SIDE * 3 // 20))
-    window = torch.ones(SIDE)
-    window[:len(ramp)], window[-len(ramp):] = ramp, ramp.flip(0)
+    edge, window = SIDE * 3 // 20, torch.ones(SIDE)
+    ramp = 0.5 - 0.5 * torch.cos(torch.pi * (torch.arange(edge) + 0.5) / edge)
+    window[:edge], window[-edge:] = ramp, ramp.flip(0)
     parts = []
     for batch in pixels.split(BLOCK):
         small = F.interpolate(grey(batch)[:, None], (SIDE, SIDE), mode="area")[:, 0]
@@ -126,8 +125,7 @@ def find_groups(images: Images) -> tuple[np.ndarray, dict, list[Pair]]:
     labels = images.labels.numpy()
     exact = exact_pairs(images.digests)
     twins = {tuple(sorted(pair)) for pair in exact}
-    near = [p for p in near_duplicates(images.pixels)
-            if images.digests[p.i] != images.digests[p.j]]
+    near = [p for p in near_duplicates(images.pixels) if images.digests[p.i] != images.digests[p.j]]
     same = [p for p in near if labels[p.i] == labels[p.j]]
     groups = group(len(labels), [*twins, *((p.i, p.j) for p in same)])
     sizes = np.bincount(groups)
