@@ -53,8 +53,7 @@ def header(images: Images) -> np.ndarray:
     rows = []
     for path in images.paths:
         with Image.open(images.root / path) as image:
-            tables = getattr(image, "quantization", None) or {}
-            info = image.info
+            tables, info = getattr(image, "quantization", None) or {}, image.info
             dpi = info.get("dpi", (0, 0))
             rows.append([(images.root / path).stat().st_size, *image.size, len(image.getbands()),
                          len(tables), *(np.mean(tables[k]) if k in tables else 0 for k in (0, 1)),
