@@ -85,11 +85,9 @@ def register(a: np.ndarray, b: np.ndarray) -> tuple[tuple[int, int], float, floa
         one, two = (x[max(r, 0):x.shape[0] + min(r, 0), max(c, 0):x.shape[1] + min(c, 0)]
                     for x, r, c in ((a, rows, columns), (b, -rows, -columns)))
         overlap = one.size / a.size
-        if overlap < OVERLAP or one.std() == 0 or two.std() == 0:
-            continue
-        r = float(np.corrcoef(one.ravel(), two.ravel())[0, 1])
-        if r > best[2]:
-            best = ((rows, columns), overlap, r)
+        if overlap >= OVERLAP and one.std() > 0 and two.std() > 0:
+            r = float(np.corrcoef(one.ravel(), two.ravel())[0, 1])
+            best = max(best, ((rows, columns), overlap, r), key=lambda found: found[2])
     return best
 
 
