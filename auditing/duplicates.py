@@ -133,8 +133,3 @@ def find_groups(images: Images) -> tuple[np.ndarray, dict, list[Pair]]:
               "groups": int((sizes > 0).sum()), "groups_of_several": int((sizes > 1).sum()),
               "images_in_them": int(sizes[sizes > 1].sum()), "largest_group": int(sizes.max())}
     return groups, {k: int(v) for k, v in counts.items()}, near
-
-
-def count_partners(groups: np.ndarray, part: np.ndarray, train: np.ndarray) -> int:
-    """How many images of `part` share their group with an image of `train`."""
-    return int(np.isin(groups[part], groups[train]).sum())

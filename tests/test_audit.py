@@ -155,8 +155,6 @@ def test_spectra_are_of_pictures_that_fade_to_their_edges():
 def test_groups_are_connected_components():
     assert duplicates.exact_pairs(["a", "b", "a", "c", "a"]) == [(0, 2), (0, 4)]
     assert duplicates.group(6, [(1, 2), (4, 2), (3, 5)]).tolist() == [0, 1, 1, 3, 1, 3]
-    groups = np.array([0, 1, 1, 3, 1, 3])
-    assert duplicates.count_partners(groups, np.array([0, 2, 5]), np.array([1, 4])) == 1
 
 
 # ---- probes -----------------------------------------------------------------------------------
