@@ -294,28 +294,23 @@ def audit_privacy(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    kinds = parser.add_subparsers(required=True, metavar="data|run|privacy")
-    sub = kinds.add_parser("data", help="audit a data set")
-    sub.set_defaults(work=audit_data)
-    add = sub.add_argument
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="data|run|privacy")
+    add = kinds.add_parser("data", help="audit a data set").add_argument
     add("data", metavar="DIR")
     add("--out", metavar="DIR", help="default runs/audit-NAME")
     add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--image-size", type=integer(32), default=224, help="side in pixels (default 224)")
     table.add_arguments(add)
     add("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
-    sub = kinds.add_parser("run", help="audit a trained run")
-    sub.set_defaults(work=audit_run)
-    add = sub.add_argument
+    add = kinds.add_parser("run", help="audit a trained run").add_argument
     add("run", metavar="RUN", help="run folder")
     table.add_arguments(add)
     add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
     add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--out", metavar="DIR", help="default RUN/audit, numbered if taken")
     add("--device", default="auto")
-    sub = kinds.add_parser("privacy", help="who can tell which images a run was trained on")
-    sub.set_defaults(work=audit_privacy)
-    add = sub.add_argument
+    add = kinds.add_parser("privacy",
+                           help="who can tell which images a run was trained on").add_argument
     add("run", metavar="RUN", help="run folder")
     add("--alone", metavar="RUN", help="its hospitals alone: train_central.py --like RUN "
         "--local-only")
@@ -328,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if getattr(args, "out", None) and Path(args.out).exists():  # said before minutes of work
         raise InputError(f"--out {args.out}: exists already")
-    args.work(args)
+    {"data": audit_data, "run": audit_run, "privacy": audit_privacy}[args.kind](args)
 
 
 if __name__ == "__main__":
