@@ -189,8 +189,7 @@ def train_step(model: nn.Module, batch: Tensor, targets: Tensor, recipe: Recipe,
     """One optimiser step on one batch: (loss, correct answers, False if float16 overflowed).
     batch: float32 [B, 3, H, W]; targets: int64 [B]; reference: FedProx's global weights or []."""
     parameters = optimizer.param_groups[0]["params"]
-    with torch.autocast(batch.device.type, recipe.amp_dtype or torch.bfloat16,
-                        enabled=recipe.amp_dtype is not None):
+    with torch.autocast(batch.device.type, recipe.amp_dtype, enabled=recipe.amp_dtype is not None):
         logits = model(batch)
     logits = logits.float()
     loss = weighted_cross_entropy(logits, targets, recipe.class_weights, recipe.label_smoothing)
