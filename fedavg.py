@@ -239,11 +239,8 @@ def make_optimizer(model: nn.Module,
     """A fresh optimiser over the trainable parameters, and the gradient scaler of float16."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
-    common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay,
-              "fused": device.type in ("cpu", "cuda")}
-    if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, momentum=recipe.momentum, **common)
-    else:
-        kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-        optimizer = kind(parameters, eps=1e-8, **common)
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    special = {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {"eps": 1e-8}
+    optimizer = kinds[recipe.optimizer](parameters, lr=recipe.lr, weight_decay=recipe.weight_decay,
+                                        fused=device.type in ("cpu", "cuda"), **special)
     return optimizer, torch.amp.GradScaler(device.type, enabled=recipe.amp_dtype == torch.float16)
