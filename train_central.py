@@ -150,8 +150,7 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
         state = models.moved(model.state_dict(), "cpu")
         if not models.is_finite(state):
             raise FloatingPointError(f"epoch {epoch}: the weights are not finite")
-        seen = len(split["val"]) and epoch % args.period == 0
-        tally = measured.tally("val", state) if seen else [0, 0, 0.0]
+        tally = measured.tally("val", state) if epoch % args.period == 0 else [0, 0, 0.0]
         history.append(make_record(epoch, lr, record, tally, seconds))
         terminal.print_epoch(history[-1], args.epochs)
         checkpoint = make_checkpoint(epoch, state, history, trainer)
