@@ -138,8 +138,7 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
             print(f"early stop: no better validation loss for {args.early_stop} validations")
             break
         lr = evaluation.plateau_lr(validated, args.lr, args.plateau)
-        for group in trainer[0].param_groups:
-            group["lr"] = lr
+        trainer[0].param_groups[0]["lr"] = lr
         began = time.perf_counter()
         with tqdm(total=args.expand * len(split["train"]), desc=f"epoch {epoch}/{args.epochs}",
                   unit="image", disable=None, leave=False) as bar:
