@@ -178,9 +178,8 @@ def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experime
                 names: list[str]) -> None:
     """Folds, or hospitals alone: each from the same start in a folder of its own, then pooled."""
     from reporting import report
-    start, tests = models.moved(run.model.state_dict(), "cpu"), {}
-    if args.folds > 1:
-        tests = {fold: split["test"] for fold, split in run.several.items()}
+    start = models.moved(run.model.state_dict(), "cpu")
+    tests = {fold: split["test"] for fold, split in run.several.items() if args.folds > 1}
     for client_id, (client, folds) in enumerate(parts.items()):
         place = folder / client
         if client and tests:  # a hospital alone in every fold is a cross-validation of its own
