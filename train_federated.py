@@ -176,9 +176,8 @@ def main(argv: list[str] | None = None, job: processes.Job | None = None) -> Non
         run = experiment.prepare(args, job, facts)
         folder = None if job.rank > 0 else run_folder.begin(args, "federated", run.images,
                                                             run.device)
-    precision = run.recipe.amp_dtype
-    print(f"run folder: {folder}; {args.model} on {run.device}, "
-          f"{'float32' if precision is None else f'autocast {precision}'}")
+    precision = f"autocast {run.recipe.amp_dtype}" if run.recipe.amp_dtype else "float32"
+    print(f"run folder: {folder}; {args.model} on {run.device}, {precision}")
     with run_folder.resumable(folder):
         if args.folds == 1:
             train(args, job, folder, run)
