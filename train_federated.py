@@ -159,11 +159,11 @@ def train_folds(args: argparse.Namespace, job: processes.Job, folder: Path | Non
     if folder is not None:
         tests = {name: split["test"] for name, split in run.several.items()}
         tables.write_split(folder, run.images, tests, [])
-    for name in run.several:
-        fold = folder and experiment.open_part(args, folder / name, run, run.several[name])
+    for name, split in run.several.items():
+        fold = folder and experiment.open_part(args, folder / name, run, split)
         run.model.load_state_dict(start)
-        train(args, job, fold, replace(run, several={name: run.several[name]},
-                                       clients={name: run.clients[name]}))
+        one = replace(run, several={name: split}, clients={name: run.clients[name]})
+        train(args, job, fold, one)
     if folder is not None:
         from reporting import report
         report.pool_folds(folder, run.images, {k: [s] for k, s in run.several.items()}, {})
