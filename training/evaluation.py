@@ -78,7 +78,7 @@ def best_index(history: list[dict]) -> int:
 
 def is_stale(history: list[dict], patience: int) -> bool:
     """Whether to stop early: the last `patience` validations (0 = never stop) were not better."""
-    return 0 < patience <= len(history) - 1 - best_index(history) if history else False
+    return 0 < patience <= len(history) - 1 - best_index(history)
 
 
 def plateau_lr(history: list[dict], lr: float, patience: int = 5, factor: float = 0.2,
