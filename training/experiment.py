@@ -89,11 +89,10 @@ def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experime
     if folder is not None:
         checkpoint = run_folder.start_or_resume(folder, run.images, split, clients, checkpoint)
     data.keep_on(run.images, run.device)
-    state, local_bn, history = job.share_round(*(checkpoint[key] for key in
-                                                 ("state", "local_bn", "history")))
-    return checkpoint | {
-        "round": len(history), "history": history, "state": models.moved(state, run.device),
-        "local_bn": {k: models.moved(s, run.device) for k, s in local_bn.items()}}
+    state, local_bn, history = job.share_round(
+        checkpoint["state"], checkpoint["local_bn"], checkpoint["history"])
+    return {"round": len(history), "history": history, "state": models.moved(state, run.device),
+            "local_bn": {k: models.moved(s, run.device) for k, s in local_bn.items()}}
 
 
 def open_part(args: argparse.Namespace, part: Path, run: Experiment, split: splits.Split) -> Path:
