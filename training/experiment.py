@@ -1,7 +1,4 @@
-"""What the flags of a trainer describe: images, split, clients, network and recipe.
-
-Both trainers build their experiment here, and so does whoever builds a recorded run anew.
-"""
+"""What the flags of a trainer, or of a recorded run, describe: images, clients, network, recipe."""
 
 from checks import InputError, warn
 
@@ -26,8 +23,7 @@ class Experiment:
     """Everything that training needs, checked before it begins."""
     images: data.Images
     several: dict[str, splits.Split]  # by folder: fold1, fold2, ...; one split has the name ""
-    clients: dict[str, list[np.ndarray]]  # by folder, for federated runs: the training images of
-    # each client, int64 indices
+    clients: dict[str, list[np.ndarray]]  # by folder, if federated: int64 training indices of each
     model: torch.nn.Module
     recipe: fedavg.Recipe
     device: torch.device
