@@ -174,8 +174,7 @@ def main(argv: list[str] | None = None, job: processes.Job | None = None) -> Non
     job.join(args)
     with job.preparing(args) as facts:
         run = experiment.prepare(args, job, facts)
-        folder = None if job.rank > 0 else run_folder.begin(args, "federated", run.images,
-                                                            run.device)
+        folder = None if job.rank else run_folder.begin(args, "federated", run.images, run.device)
     precision = f"autocast {run.recipe.amp_dtype}" if run.recipe.amp_dtype else "float32"
     print(f"run folder: {folder}; {args.model} on {run.device}, {precision}")
     with run_folder.resumable(folder):
