@@ -152,8 +152,7 @@ def train_local(model: nn.Module, images: data.Images, indices: np.ndarray, reci
 
     An epoch draws m = n · expand images in ⌈m/B⌉ steps. A last batch of a single image is dropped
     (65 images at B = 32 are 2 steps). Loss and accuracy are means over the augmented images seen.
-    The caller's random state is left as it was. InputError for one image under BatchNorm.
-    """
+    The caller's random state is left as it was. InputError for one image under BatchNorm."""
     if len(indices) == 1 and models.needs_batch(model):
         raise InputError(f"client {key[2]} owns one image, too few for BatchNorm")
     device = next(model.parameters()).device

@@ -118,8 +118,7 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
 
     Goes on from the folder's checkpoint; a complete run is left as it is. Draws what client
     `client_id` draws in round 1, so that one round of one client is the same run. Raises
-    FloatingPointError where the weights stop being finite.
-    """
+    FloatingPointError where the weights stop being finite."""
     if (folder / "report.md").exists():
         return
     model, images = run.model, run.images

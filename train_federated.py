@@ -61,8 +61,7 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
     """The round loop of Algorithm 1, from the last checkpoint on, then the test part.
 
     Every process of a job runs these lines. Rank 0 is the server: it averages, and it alone has a
-    folder and writes. Raises FloatingPointError where no update of a round is finite.
-    """
+    folder and writes. Raises FloatingPointError where no update of a round is finite."""
     checkpoint = experiment.start(args, job, folder, run)
     state, local_bn, history = checkpoint["state"], checkpoint["local_bn"], checkpoint["history"]
     model, images = run.model, run.images

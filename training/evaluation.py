@@ -139,10 +139,9 @@ def finish(folder: Path, args: argparse.Namespace, evaluation: Evaluation, check
 
 def finish_job(job, folder: Path | None, args: argparse.Namespace, evaluation: Evaluation,
                checkpoint: dict, clients: list[np.ndarray]) -> None:
-    """The end of a federated run, at every process of its job (`processes.Job`).
-    The server finishes the run. Hospitals with images of their own each finish a run of their own
-    on their own test part, and the server pools what they may tell: confusion matrices and losses.
-    """
+    """The end of a federated run, at every process of its job (`processes.Job`): the server
+    finishes the run. Hospitals with images of their own each finish a run of their own on their
+    own test part, and the server pools what they may tell: confusion matrices and losses."""
     from reporting import report
     if not job.sites:
         if folder is not None:
