@@ -8,7 +8,7 @@ A few minutes for 3,256 images on two cores. Writes report.md, audit.json, figur
 groups.csv, which --table takes. Pictures in it are for local use only.
 """
 
-from checks import InputError, guard, integer, make_parser
+from checks import InputError, guard, integer, make_parser, strict
 
 import argparse
 from contextlib import suppress
@@ -295,22 +295,22 @@ def audit_privacy(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="data|run|privacy")
-    add = kinds.add_parser("data", help="audit a data set").add_argument
+    add = strict(kinds.add_parser("data", help="audit a data set")).add_argument
     add("data", metavar="DIR")
     add("--out", metavar="DIR", help="default runs/audit-NAME")
     add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--image-size", type=integer(32), default=224, help="side in pixels (default 224)")
     table.add_arguments(add)
     add("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
-    add = kinds.add_parser("run", help="audit a trained run").add_argument
+    add = strict(kinds.add_parser("run", help="audit a trained run")).add_argument
     add("run", metavar="RUN", help="run folder")
     table.add_arguments(add)
     add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
     add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     add("--out", metavar="DIR", help="default RUN/audit, numbered if taken")
     add("--device", default="auto")
-    add = kinds.add_parser("privacy",
-                           help="who can tell which images a run was trained on").add_argument
+    add = strict(kinds.add_parser(
+        "privacy", help="who can tell which images a run was trained on")).add_argument
     add("run", metavar="RUN", help="run folder")
     add("--alone", metavar="RUN", help="its hospitals alone: train_central.py --like RUN "
         "--local-only")

@@ -23,9 +23,15 @@ class InputError(Exception):
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser whose errors are a single line (argparse would print the usage first)."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A strict argument parser whose --help shows the description as it is written."""
+    return strict(argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter))
+
+
+def strict(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser, with errors of a single line (argparse would print the usage first) and without
+    abbreviated flags (a flag that is added later could give them another meaning)."""
+    parser.allow_abbrev = False
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     return parser
 

@@ -20,7 +20,7 @@ import data
 import models
 import predict
 from auditing import duplicates, probes
-from dataset import interventions
+from dataset import interventions, splits
 from reporting import tables
 
 
@@ -329,6 +329,12 @@ def test_audit_of_data_writes_all_of_it_and_the_trainer_takes_its_groups(doubled
     assert found["duplicates"]["identical_copies"] == 5
     assert found["duplicates"]["groups"] == 80 and found["duplicates"]["images"] == 85
     assert found["test_images_with_partner"]["grouped, these groups"]["partners"] == 0
+    images = data.read_folder(str(doubled), 32)
+    split = splits.make_split("random", images.labels.numpy(), 42)
+    twins = sum(images.digests[i] in {images.digests[j] for j in split["train"]}
+                for i in split["test"])
+    assert twins > 0 and found["test_images_with_partner"]["random"] == {
+        "n": len(split["test"]), "partners": twins, "identical": twins}
     assert found["majority_class"] == 45 / 85
     assert set(found["probes"]) == {
         "colour means", "colour statistics", "background only", "scale-bar corner only",
@@ -369,7 +375,9 @@ def test_audit_of_a_run_agrees_with_the_run(doubled, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ([], "data|run"), (["what"], "data|run"), (["run", "nowhere"], "run.json"),
-    (["data", "nowhere"], "no such folder")])
+    (["data", "nowhere"], "no such folder"), (["run"], "the following arguments are required: RUN"),
+    (["data", "nowhere", "--image-size", "1"], "1 is outside [32, 4294967295]"),
+    (["privacy", "nowhere", "--al", "x"], "unrecognized arguments: --al x")])
 def test_bad_input_is_one_line(arguments, words, tmp_path):
     done = script(*arguments, name="audit.py", cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1

@@ -83,10 +83,11 @@ def is_stale(history: list[dict], patience: int) -> bool:
 
 def plateau_lr(history: list[dict], lr: float, patience: int = 5, factor: float = 0.2,
                min_lr: float = 1e-6) -> float:
-    """The learning rate after this history: ReduceLROnPlateau (Table 3) as a function."""
-    best, bad = float("inf"), 0
+    """The learning rate after this history: ReduceLROnPlateau (Table 3) as a function.
+    Unlike there, it stays while no loss was defined: nothing is known, as without validation."""
+    best, bad = np.inf, 0
     for loss in val_losses(history) if patience else []:
-        best, bad = (loss, 0) if loss < best * (1 - 1e-4) else (best, bad + 1)
+        best, bad = (loss, 0) if loss < best * (1 - 1e-4) else (best, bad + (best < np.inf))
         if bad > patience:
             lr, bad = min(lr, max(lr * factor, min_lr)), 0
     return lr
