@@ -200,6 +200,9 @@ def start_or_resume(folder: Path, images: Images, split: Split, clients: list[np
         checkpoint = read_file(folder / "last.pt")
         write_history(folder, checkpoint["history"])  # later lines will be written again
         return checkpoint
+    if (folder / "results.json").exists():  # starting anew would write over what it found
+        raise InputError(f"{folder}: finished, and its last.pt is gone: there is nothing to go on "
+                         "from")
     write_split(folder, images, split, clients)
     write_history(folder, [])
     save(start, folder / "last.pt")

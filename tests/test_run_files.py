@@ -118,6 +118,13 @@ def test_a_run_goes_on_only_with_its_own_split_and_its_own_clients(tmp_path):
             run_folder.start_or_resume(tmp_path, images, split, owners, start)
 
 
+def test_a_finished_run_without_its_checkpoint_is_not_trained_anew(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(InputError, match="finished, and its last.pt is gone"):
+        run_folder.start_or_resume(tmp_path, seven(), SPLIT, [np.array([0])], {})
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 # ---- run.json -----------------------------------------------------------------------------------
 
 def test_json_files_hold_no_number_that_is_none(tmp_path):
