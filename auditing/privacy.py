@@ -170,7 +170,7 @@ def measure(case: Case, groups: np.ndarray) -> dict:
     data.keep_on(run.images, run.device)
     start = models.moved(run.model.state_dict(), run.device)  # the network before training
     images = sum(len(split[part]) for split in run.several.values() for part in ("train", "test"))
-    updates = 0 if "A3" in case.why else 2 * max(1, round(args.fraction * args.clients))
+    updates = 0 if "A3" in case.why else 2 * round(args.fraction * args.clients)  # of two rounds
     passes = images * (3 + len(next(iter(case.alone.values()), [])) + updates)
     if updates:
         passes += sum(BACKWARD * args.local_epochs * args.expand * updates * len(split["train"])
