@@ -32,7 +32,7 @@ from models import write_whole
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # section 3.2.2
 SAMPLERS = ("shuffle", "balanced", "dual")
-EVAL_BATCH = 64  # memory only: float32 evaluation does not depend on it
+EVAL_BATCH = 64  # memory only (of --bn recalibrate, the batches of its statistics)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@
 θ is a "state": a dictionary of tensors, as `state_dict()` returns it. No function here changes a
 state that it is given. `train_local` is the only training loop of the project: central training
 calls it too. Everything that a client draws at random comes from (seed, round, client, epoch).
+"The paper", its tables and eq. 3 are FedAvg-ResNet50, which this project implements.
 """
 
 from checks import InputError, warn
@@ -222,7 +223,7 @@ def class_weights(counts: np.ndarray, device: torch.device) -> Tensor:
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None,
                            label_smoothing: float = 0.0) -> Tensor:
     """Eq. 3: Σ w_y · CE / batch size. logits: [B, C]; targets: int64 [B]; weights: [C] or None.
-    PyTorch's weighted mean divides by Σ w_y instead; then FedAvg would not equal the centre."""
+    PyTorch's weighted mean divides by Σ w_y instead; a round would not equal a central step."""
     return F.cross_entropy(logits, targets, weights, reduction="sum",
                            label_smoothing=label_smoothing) / len(targets)
 

@@ -122,7 +122,7 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
     if (folder / "report.md").exists():
         return
     model, images = run.model, run.images
-    measured = evaluation.Evaluation(model, images, split)
+    evaluator = evaluation.Evaluation(model, images, split)
     recipe = experiment.weighted(args, run, images.class_counts(split["train"]))
     trainer = fedavg.make_optimizer(model, recipe)
     checkpoint = run_folder.start_or_resume(folder, images, split, [], make_checkpoint(
@@ -148,13 +148,13 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
         state = models.moved(model.state_dict(), "cpu")
         if not models.is_finite(state):
             raise FloatingPointError(f"epoch {epoch}: the weights are not finite")
-        tally = measured.tally("val", state) if epoch % args.period == 0 else [0, 0, 0.0]
+        tally = evaluator.tally("val", state) if epoch % args.period == 0 else [0, 0, 0.0]
         history.append(make_record(epoch, lr, record, tally, seconds))
         terminal.print_epoch(history[-1], args.epochs)
         checkpoint = make_checkpoint(epoch, state, history, trainer)
         evaluation.save_progress(folder, args, model, images.classes, checkpoint)
     from reporting import report  # here: what it needs would only delay the first epoch
-    report.print_summary(folder, evaluation.finish(folder, args, measured, checkpoint))
+    report.print_summary(folder, evaluation.finish(folder, args, evaluator, checkpoint))
 
 
 def make_checkpoint(epoch: int, state: models.State, history: list[dict], trainer: tuple) -> dict:

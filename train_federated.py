@@ -60,22 +60,23 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
           run: experiment.Experiment) -> None:
     """The round loop of Algorithm 1, from the last checkpoint on, then the test part.
 
-    Every process of a job runs these lines. Rank 0 is the server: it averages, and it alone has a
-    folder and writes. Raises FloatingPointError where no update of a round is finite."""
-    checkpoint = experiment.start(args, job, folder, run)
+    Every process of a job runs these lines. Rank 0 is the server: it averages and writes `folder`
+    (a hospital with images of its own writes `job.folder`). Raises FloatingPointError where no
+    update of a round is finite."""
+    checkpoint = experiment.start(args, job, folder, run)  # round 0, or where --resume goes on
     state, local_bn, history = checkpoint["state"], checkpoint["local_bn"], checkpoint["history"]
     model, images = run.model, run.images
-    (split,), (clients,) = run.several.values(), run.clients.values()  # a single one of each
-    mine = {name: job.part(indices) for name, indices in split.items()}
-    counts = job.total("counts", images.class_counts(mine["train"]))
+    (split,), (clients,) = run.several.values(), run.clients.values()  # of one split
+    measurable = {name: job.part(indices) for name, indices in split.items()}  # here
+    counts = job.total("counts", images.class_counts(measurable["train"]))
     first_recipe = experiment.weighted(args, run, counts)
     bn_keys = models.batchnorm_keys(model) if args.bn == "local" else []
     # FedBN has a model for each client, measured on images with that client's class mix
-    shares = {name: parts.deal_part(args, images, mine[name], clients)
+    shares = {name: parts.deal_part(args, images, measurable[name], clients)
               for name in ("val", "test") if args.bn == "local"}
-    measured = evaluation.Evaluation(model, images, mine, shares)
+    evaluator = evaluation.Evaluation(model, images, measurable, shares)
 
-    def client_update(k: int) -> fedavg.Update:  # ClientUpdate(k, θ) of Algorithm 1
+    def client_update(k: int) -> fedavg.Update:  # ClientUpdate(k, θ), in the round that runs below
         start = state | local_bn.get(k, {})  # FedBN: with the client's own BatchNorm entries
         return fedavg.train_client(model, start, images, clients[k], recipe,
                                    (args.seed, round_index, k), bar.update)
@@ -99,22 +100,22 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
         if args.bn == "recalibrate":
             state = recalibrate(job, model, state, images, clients, kept)
         seconds = time.perf_counter() - began
-        tally = job.total("tally", measured.tally("val", state, local_bn))
+        tally = job.total("tally", evaluator.tally("val", state, local_bn))
         history.append(make_record(round_index, recipe.lr, records, tally, seconds))
         terminal.print_round(history[-1], args.rounds, images.titles(clients))
         checkpoint = {"round": round_index, "state": models.moved(state, "cpu"), "history": history,
                       "local_bn": {k: models.moved(s, "cpu") for k, s in local_bn.items()}}
         if folder is not None:
             evaluation.save_progress(folder, args, model, images.classes, checkpoint)
-    evaluation.finish_job(job, folder, args, measured, checkpoint, clients)
+    evaluation.finish_job(job, folder, args, evaluator, checkpoint, clients)
 
 
 def recalibrate(job: processes.Job, model: torch.nn.Module, state: models.State,
                 images: data.Images, clients: list[np.ndarray], kept: list[int]) -> models.State:
     """`state` with the BatchNorm statistics of the averaged network itself: every client runs its
     own training images, unaugmented, through it, and the moments are pooled."""
-    def moments(k: int) -> fedavg.Update:
-        mixed = torch.from_numpy(np.random.default_rng(k).permutation(clients[k]))  # classes too
+    def moments(k: int) -> fedavg.Update:  # mixed: the indices are in order of class
+        mixed = torch.from_numpy(np.random.default_rng(k).permutation(clients[k]))
         found = models.batchnorm_moments(model, state, (
             data.eval_batch(images, rows, next(model.parameters()).device)
             for rows in data.batch_slices(mixed, data.EVAL_BATCH)))
@@ -135,18 +136,18 @@ def progress_bar(args: argparse.Namespace, folder: Path | None, clients: list[np
                 disable=None if folder else True)
 
 
-def make_record(round_index: int, lr: float, clients: list[dict], tally: list,
+def make_record(round_index: int, lr: float, records: list[dict], tally: list,
                 seconds: float) -> dict:
     """One line of history.jsonl. Training figures are pooled over the images of those averaged;
     they are null where a hospital keeps them to itself."""
-    images, kept = sum(c["images"] for c in clients), [c for c in clients if not c["left_out"]]
+    images, kept = sum(c["images"] for c in records), [c for c in records if not c["left_out"]]
     pooled = {f"train_{key}": None if kept[0][key] is None else
               sum(c[key] * c["images"] for c in kept) / sum(c["images"] for c in kept)
               for key in ("loss", "accuracy")}
     return evaluation.without_nan({
         "round": round_index, "lr": lr, **evaluation.validation(tally), **pooled,
-        "images": images, "steps": sum(c["steps"] for c in clients),
-        "clients": [evaluation.without_nan(c) for c in clients],
+        "images": images, "steps": sum(c["steps"] for c in records),
+        "clients": [evaluation.without_nan(c) for c in records],
         "seconds": seconds, "images_per_second": images / seconds})
 
 

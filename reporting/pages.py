@@ -77,10 +77,10 @@ MODEL_CARD = """## Model card
 
 - **Intended use**: research and teaching. Not a medical device; not for diagnosis.
 - **Data**: {data}. Fingerprint `{fingerprint}`.
-- **Level of the split**: images, `{split}`, split seed {split_seed}. {level}
+- **Split**: `{split}`, split seed {split_seed}. {level}
 - **Known leaks**: {twins} of {n} test images have an identical twin in the training part; {leaks}
 - **Intervals** assume independent images. {intervals}
-- **Privacy**: one process, no secure aggregation, no differential privacy: nothing is claimed.
+- **Privacy**: no secure aggregation, no differential privacy: nothing is claimed.
 - **Limits**: one seed unless several are reported; colour alone reaches {colour} on the same test
   images (table above): a figure not well above it says nothing about cells.
 """

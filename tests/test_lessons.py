@@ -1,5 +1,6 @@
 """The six exercises of docs/lessons.md at toy size: the change applies, and does what it says."""
 
+import json
 import re
 import sys
 import types
@@ -8,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, BNNet, clone, equal, plain_net, run_round, toy_images
+from helpers import BASE, CPU, BNNet, clone, equal, history, plain_net, run_round, toy_images
 
 import data
 import fedavg
+import train_federated
 from dataset import splits
 from training import evaluation
 
@@ -76,14 +78,14 @@ def test_lesson_3_predictions_depend_on_the_batch_and_change_the_model():
         assert torch.allclose(together, fewer, atol=1e-6) != spoilt
 
 
-def test_lesson_4_the_test_part_chooses_the_model():
-    images, model = toy_images(12), BNNet()
-    split = {"train": np.arange(4), "val": np.arange(4, 8), "test": np.arange(8, 12)}
-    state = clone(model.state_dict())
-    on_test = evaluation.Evaluation(model, images, split).logits("test", state)
-    on_val = evaluation.Evaluation(model, images, split).logits("val", state)
-    wrong = broken(4).Evaluation(model, images, split).logits("val", state)
-    assert np.array_equal(wrong, on_test) and not np.array_equal(wrong, on_val)
+def test_lesson_4_the_test_part_chooses_the_model(tree, tmp_path):
+    for module, spoilt in ((train_federated, False), (broken(4), True)):
+        out = tmp_path / str(spoilt)
+        module.main(["--data", str(tree), *BASE, "--out", str(out)])
+        last = json.loads((out / "results.json").read_text())["last"]
+        chosen_by = history(out)[-1]["val_loss"]
+        assert (chosen_by == pytest.approx(last["test"]["loss"])) == spoilt
+        assert (chosen_by == pytest.approx(last["val"]["loss"])) != spoilt
 
 
 def test_lesson_5_the_same_validation_image_comes_out_different():

@@ -177,12 +177,11 @@ def test_the_model_card_says_what_is_known_of_these_data(tmp_path, run, words):
         "- **Intended use**: research and teaching. Not a medical device; not for diagnosis.",
         (f"- **Data**: here, {run['images']} images, classes {', '.join(run['classes'])}. "
          "Fingerprint `0123456789abcdef`."),
-        f"- **Level of the split**: images, `random`, split seed 42. {words['level']}",
+        f"- **Split**: `random`, split seed 42. {words['level']}",
         ("- **Known leaks**: 3 of 9 test images have an identical twin in the training part; "
          f"{words['leaks']}"),
         f"- **Intervals** assume independent images. {words['intervals']}",
-        ("- **Privacy**: one process, no secure aggregation, no differential privacy: nothing is "
-         "claimed."),
+        "- **Privacy**: no secure aggregation, no differential privacy: nothing is claimed.",
         ("- **Limits**: one seed unless several are reported; colour alone reaches 0.1234 on the "
          "same test images (table above): a figure not well above it says nothing about cells.")]
     assert ("patient-level split is impossible" in card) == (words is pages.ALL_SET)
