@@ -29,16 +29,13 @@ class Predictions:
 
 def write_predictions(folder: Path, images: Images, split: Split, logits: dict) -> None:
     """predictions.csv of the best model. logits: part → float32 [n, C] in the order of the part."""
-    names = part_names(split, len(images.paths))
-    rows, done = [], set()
+    names, rows = part_names(split, len(images.paths)), {}
     for part, values in logits.items():
         for i, p in zip(split[part], softmax(values.astype(np.float32), axis=1), strict=True):
-            if i not in done:
-                done.add(i)
-                rows.append([images.paths[i], images.classes[images.labels[i]], names[i],
-                             images.classes[p.argmax()], *(f"{x:.9g}" for x in p)])
+            rows.setdefault(i, [images.paths[i], images.classes[images.labels[i]], names[i],
+                                images.classes[p.argmax()], *(f"{x:.9g}" for x in p)])
     header = ["path", "label", "split", "prediction", *(f"p_{c}" for c in images.classes)]
-    write_csv(folder / "predictions.csv", [header, *rows])
+    write_csv(folder / "predictions.csv", [header, *rows.values()])
 
 
 def read_predictions(folder: Path, part: str = "test") -> Predictions:
