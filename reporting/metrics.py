@@ -102,11 +102,9 @@ def _measure(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None, lo
     figures["kappa"] = float((agreement - chance) / (1 - chance)) if chance < 1 else None
     aucs = [per_class[name]["auc"] for name in classes if per_class[name]["auc"] is not None]
     figures["roc_auc"] = float(np.mean(aucs)) if aucs else None
-    figures["intervals"] = bootstrap(labels, predicted, p, len(classes))
-    figures["confusion"] = confusion.tolist()
-    figures["per_class"] = per_class
-    figures["malignant"] = malignant(confusion, classes)
-    return figures
+    return figures | {"intervals": bootstrap(labels, predicted, p, len(classes)),
+                      "confusion": confusion.tolist(), "per_class": per_class,
+                      "malignant": malignant(confusion, classes)}
 
 
 def _finite(value: float) -> float | None:
@@ -205,9 +203,8 @@ def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None, n
         kappas = (hits.sum(1) / n - chance) / (1 - chance)
     aucs = np.full((1, 1), np.nan) if p is None else np.stack(
         [resampled_auc(counts, labels == c, p[:, c]) for c in range(num_classes)], 1)
-    return {key: percentiles(values) for key, values in (
-        ("macro_f1", _row_means(f1)), ("kappa", kappas), ("roc_auc", _row_means(aucs)))} | {
-        "reason": None}
+    return {"macro_f1": percentiles(_row_means(f1)), "kappa": percentiles(kappas),
+            "roc_auc": percentiles(_row_means(aucs)), "reason": None}
 
 
 def resampled_auc(counts: np.ndarray, positive: np.ndarray, score: np.ndarray) -> np.ndarray:
