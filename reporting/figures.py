@@ -124,13 +124,11 @@ def plot_roc(logits: np.ndarray, labels: np.ndarray, classes: list[str], per_cla
 def plot_probes(rows: dict[str, dict], chance: float, path: Path) -> None:
     """Accuracy of each shortcut probe with its interval, by way of splitting."""
     with drawing(path, 7, 0.6 * len(rows) + 1.2) as axis:
-        names = list(next(iter(rows.values())))
-        for k, name in enumerate(names):
-            found = [(i, row[name]) for i, row in enumerate(rows.values())]
-            values = np.array([m["value"] for _, m in found])
-            errors = [values - [m["low"] for _, m in found], [m["high"] for _, m in found] - values]
-            axis.errorbar(values, [i + 0.18 * k for i, _ in found], xerr=errors, fmt="o", ms=4,
-                          label=name)
+        for k, name in enumerate(next(iter(rows.values()))):
+            value, low, high = (np.array([row[name][key] for row in rows.values()])
+                                for key in ("value", "low", "high"))
+            axis.errorbar(value, np.arange(len(rows)) + 0.18 * k, xerr=[value - low, high - value],
+                          fmt="o", ms=4, label=name)
         axis.axvline(chance, color="grey", ls="--", lw=0.8, label="largest class")
         axis.set_yticks(range(len(rows)), list(rows))
         axis.invert_yaxis()
@@ -151,18 +149,16 @@ def plot_reliability(p: np.ndarray, labels: np.ndarray, path: Path, bins: int = 
     """Accuracy against confidence of the top class, marker area by number of images."""
     confidence, correct = p.max(1), p.argmax(1) == labels
     place = np.minimum((confidence * bins).astype(int), bins - 1)
-    used = np.unique(place)
+    used = [place == b for b in np.unique(place)]  # bool [n] for each bin that holds an image
     with drawing(path, 4, 4) as axis:
         axis.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
-        axis.scatter([confidence[place == b].mean() for b in used],
-                     [correct[place == b].mean() for b in used],
-                     s=[20 + 200 * (place == b).mean() for b in used])
+        axis.scatter([confidence[b].mean() for b in used], [correct[b].mean() for b in used],
+                     s=[20 + 200 * b.mean() for b in used])
         axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02),
                  title=f"n = {len(labels)}")
 
 
-def plot_clients(images: Images, clients: list[np.ndarray], colour: np.ndarray,
-                 path: Path) -> None:
+def plot_clients(images: Images, clients: list[np.ndarray], colour: np.ndarray, path: Path) -> None:
     """Client × class counts of the training part, and each client's mean colour at the end of its
     row. colour: float [n, 3], the mean colour of each image, 0..255."""
     counts, classes = np.array([images.class_counts(own) for own in clients]), images.classes
@@ -182,8 +178,7 @@ def plot_clients(images: Images, clients: list[np.ndarray], colour: np.ndarray,
 # ---- grids of images ---------------------------------------------------------------------------
 
 def scale(values: np.ndarray) -> float:
-    """The magnitude that is drawn at full colour: the 99th percentile, so that one pixel does not
-    darken the rest."""
+    """The magnitude of full colour: the 99th percentile, so one pixel does not darken the rest."""
     return float(np.percentile(np.abs(values), 99)) or float(np.abs(values).max()) or 1.0
 
 
@@ -217,10 +212,8 @@ def _name_row(axis, text: str) -> None:
 def draw_map(axis, values: np.ndarray, alpha: float = 1.0) -> None:
     """Magnitudes in one colour; red for and blue against where a map has a sign."""
     top = scale(values)
-    if values.min() < 0:
-        axis.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, alpha=alpha)
-    else:
-        axis.imshow(values, cmap="inferno", vmin=0, vmax=top, alpha=alpha)
+    colours, low = ("RdBu_r", -top) if values.min() < 0 else ("inferno", 0)
+    axis.imshow(values, cmap=colours, vmin=low, vmax=top, alpha=alpha)
 
 
 def plot_maps(entries: list[tuple], method: str, classes: list[str], path: Path) -> None:
