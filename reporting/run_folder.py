@@ -115,12 +115,9 @@ def modern(arguments: dict) -> dict:
         names = new.pop("site_names") or [f"site{k}" for k in range(len(new["site_data"]))]
         new["site_data"] = [f"{n}={d}" for n, d in zip(names, new["site_data"], strict=False)]
     new = {"table": new.pop("groups", None), "columns": None, "skip_unlisted": False} | new
-    for gone, neutral in (("momentum", 0.9), ("local_only", False), ("seeds", None),
-                          ("models", None), ("site_names", None), ("share_scores", False),
-                          ("groups", None)):
-        if gone in new and new[gone] == neutral:
-            del new[gone]
-    return new
+    neutral = {"momentum": 0.9, "local_only": False, "seeds": None, "models": None,
+               "site_names": None, "share_scores": False, "groups": None}
+    return {k: v for k, v in new.items() if k not in neutral or v != neutral[k]}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -153,8 +150,7 @@ def write_run(folder: Path, args: argparse.Namespace, script: str, images: Image
     """Write run.json: everything that made the run what it is. part_of: the name of the larger
     run that this one is a fold, a client or a hospital of."""
     write_json(folder / "run.json", {
-        "script": f"train_{script}.py", "part_of": part_of,
-        "argv": args.argv,
+        "script": f"train_{script}.py", "part_of": part_of, "argv": args.argv,
         "arguments": {k: v for k, v in vars(args).items() if k not in UNRECORDED} | {
             name: getattr(args, name) and os.path.abspath(getattr(args, name))
             for name in ("data", "table")},
