@@ -21,8 +21,7 @@ def summary_rows(results: dict) -> list[list]:
     rows, unit = [], unit_of(results["best"])
     for which in ("best", "last"):
         for part in ("val", "test"):
-            m = results[which][part]
-            if m is None:  # trained without a validation part
+            if (m := results[which][part]) is None:  # trained without a validation part
                 continue
             rows.append([f"{which} ({unit} {results[which][unit]})", part, m["n"], show(m["loss"]),
                          show(m["accuracy"]), show(m["macro_f1"]), show(m["kappa"]),
@@ -125,10 +124,9 @@ def class_table(test: dict, title: str) -> str:
              m["support"]] for name, m in test["per_class"].items()]
     text = f"### Per class ({title})\n\n" + markdown(
         ["class", "precision", "recall", "specificity", "F1", "AUC", "support"], rows)
-    if test["malignant"] is not None:
-        text += (f"\n\nMalignant against benign: sensitivity "
-                 f"{show(test['malignant']['sensitivity'])}, specificity "
-                 f"{show(test['malignant']['specificity'])}. ECE {show(test['ece'])}, Brier "
+    if (both := test["malignant"]) is not None:
+        text += (f"\n\nMalignant against benign: sensitivity {show(both['sensitivity'])}, "
+                 f"specificity {show(both['specificity'])}. ECE {show(test['ece'])}, Brier "
                  f"{show(test['brier'])}.")
     return text
 

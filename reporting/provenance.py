@@ -15,8 +15,7 @@ ROOMS = ("auditing", "dataset", "explaining", "reporting", "training")
 
 
 def launcher() -> str | None:
-    """Names the torchrun that started this process; the same after a restart of the job. None
-    without torchrun."""
+    """Names the torchrun that started this process, also after a restart; None without torchrun."""
     job = os.environ.get("TORCHELASTIC_RUN_ID")
     return job and f"{platform.node()} {os.getppid()} {job}"
 

@@ -134,8 +134,7 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
     pages.write_page(folder, [
         pages.head(folder, run, results), *unit_sections(images, [split], test),
         f"{chosen}\n\n{markdown(pages.SUMMARY, pages.summary_rows(results))}",
-        pages.class_table(test, "best model, test"),
-        *shares, pages.colour_table(results),
+        pages.class_table(test, "best model, test"), *shares, pages.colour_table(results),
         pages.tail(folder, run, twins, test["n"],
              show(pages.best_colour_row(results, "statistics")["test"]))])
 
@@ -147,8 +146,7 @@ def pool_folds(folder: Path, images: Images, several: dict[str, list[Split]],
     """Results, curves and report of a run that consists of `several` runs, each in its own folder.
     Means over them with sample standard deviation. Where their test parts are disjoint (folds),
     every image has one prediction made without it: those are pooled, with intervals. several: by
-    folder the split of that run, or those of its own folds. titles: the clients that folders stand
-    for, by folder."""
+    folder the split of that run, or those of its own folds. titles: by folder a client's name."""
     members = {name: read_json(folder / name / "results.json") for name in several}
     first, tests = next(iter(members.values())), {n: m["best"]["test"] for n, m in members.items()}
     results = {key: first[key] for key in NETWORK} | budget(list(members.values()))
