@@ -16,9 +16,9 @@ def table(model: nn.Module, size: int) -> list[tuple[str, str, int, int]]:
     """(module, output shape, parameters, trainable parameters) of each top-level module.
     Shapes alone are computed: `model` is left without its weights."""
     shapes: dict[nn.Module, tuple] = {}
-    hooks = [module.register_forward_hook(
-        lambda module, _inputs, output: shapes.__setitem__(module, tuple(output.shape[1:])))
-        for module in model.children()]
+    def keep(module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        shapes[module] = tuple(output.shape[1:])
+    hooks = [module.register_forward_hook(keep) for module in model.children()]
     with torch.no_grad():
         model.eval().to("meta")(torch.zeros(1, 3, size, size, device="meta"))
     for hook in hooks:
