@@ -22,10 +22,8 @@ CHUNK = 16  # images of one backward pass
 def input_gradient(model: nn.Module, batch: Tensor, target: int) -> Tensor:
     """∂ logit / ∂ input, [n, 3, H, W]; batch: normalised [n, 3, H, W]."""
     batch = batch.detach().requires_grad_()
-    with torch.enable_grad():
-        score = model(batch)[:, target].sum()
-        gradient, = torch.autograd.grad(score, batch)
-    return gradient
+    score = model(batch)[:, target].sum()
+    return torch.autograd.grad(score, batch)[0]
 
 
 def saliency(model: nn.Module, image: Tensor, target: int) -> np.ndarray:
@@ -69,11 +67,10 @@ def grad_cam(model: nn.Module, image: Tensor, target: int, layer: nn.Module) -> 
         return output.clone() if isinstance(output, Tensor) else output  # others may work in place
     handle = layer.register_forward_hook(keep)
     try:
-        with torch.enable_grad():
-            score = model(image.detach().requires_grad_())[0, target]
-            if not kept or not isinstance(kept[0], Tensor) or kept[0].dim() != 4:
-                raise InputError("--layer: its output is no feature map [n, channels, h, w]")
-            gradient, = torch.autograd.grad(score, kept[0])
+        score = model(image.detach().requires_grad_())[0, target]
+        if not kept or not isinstance(kept[0], Tensor) or kept[0].dim() != 4:
+            raise InputError("--layer: its output is no feature map [n, channels, h, w]")
+        gradient, = torch.autograd.grad(score, kept[0])
     finally:
         handle.remove()
     weights = gradient.mean((2, 3), keepdim=True)
@@ -93,9 +90,7 @@ def lime(classify: Classify, pixels: Tensor, targets: list[int], samples: int,
 
     def data_labels(image: np.ndarray, fudged: np.ndarray, segments: np.ndarray, _classify: object,
                     num_samples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        count = segments.max() + 1
-        drawn = explainer.random_state.randint(0, 2, num_samples * count)
-        drawn = drawn.reshape(num_samples, count)
+        drawn = explainer.random_state.randint(0, 2, (num_samples, segments.max() + 1))
         drawn[0] = 1  # the image itself
         on, off = (torch.from_numpy(x).permute(2, 0, 1) for x in (image, fudged))
         where = torch.from_numpy(segments)

@@ -16,8 +16,8 @@ PER_STEP = 14  # cells removed between two looks
 
 def cell_means(values: np.ndarray) -> np.ndarray:
     """[GRID²]: mean of a map [H, W] over each cell of the grid."""
-    cells = cell_index(values.shape)
-    return np.bincount(cells.ravel(), values.ravel(), GRID**2) / np.bincount(cells.ravel())
+    cells = cell_index(values.shape).ravel()
+    return np.bincount(cells, values.ravel(), GRID**2) / np.bincount(cells)
 
 
 def cell_index(shape: tuple[int, int]) -> np.ndarray:
@@ -81,10 +81,9 @@ def share_inside(values: np.ndarray, region: np.ndarray) -> float | None:
 
 def rectangle(shape: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
     """bool [H, W] of (left, top, right, bottom), shares of width and height."""
-    height, width = shape
-    rows, columns = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
-    inside = (columns >= box[0]) & (columns < box[2])
-    return ((rows >= box[1]) & (rows < box[3]))[:, None] & inside
+    left, top, right, bottom = box
+    rows, columns = ((np.arange(side) + 0.5) / side for side in shape)
+    return ((rows >= top) & (rows < bottom))[:, None] & (columns >= left) & (columns < right)
 
 
 def mean_interval(values: list[float | None]) -> dict:
