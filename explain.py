@@ -143,9 +143,8 @@ def check(subject: Subject, found: dict, args: argparse.Namespace,
           classify: attribution.Classify, seed: int) -> dict[str, dict]:
     """For each method, on the predicted class: deletion and random area, shares of the regions."""
     target = subject.targets()[0]
-    shape = tuple(subject.pixels.shape[1:])
-    corner, bright = faithfulness.rectangle(shape, args.rectangle), interventions.background(
-        subject.pixels)
+    corner = faithfulness.rectangle(subject.pixels.shape[1:], args.rectangle)
+    bright = interventions.background(subject.pixels)
     chance = faithfulness.random_area(classify, subject.pixels, target, seed)
     out = {}
     for method in METHODS:
@@ -216,8 +215,7 @@ def verdict_table(found: dict) -> str:
             method, "faithful" if m["faithful"] else "**not shown faithful**",
             "sensitive to the weights" if m["sensitive"] else "**not shown sensitive**",
             *(terminal.show(m[key]) for key in ("deletion_gain", "corner", "background")),
-            terminal.show(m["rank_correlation"][-1]),
-            terminal.show(m["jaccard"]) if "jaccard" in m else "–"])
+            terminal.show(m["rank_correlation"][-1]), terminal.show(m.get("jaccard"))])
     rows.append(["(share of area)", "", "", "", terminal.show(found["area"]["corner"]),
                  terminal.show(found["area"]["background"]), "", ""])
     return (f"n = {found['images']} images, predicted class; mean and 95 % interval over them.\n\n"
