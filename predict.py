@@ -71,8 +71,7 @@ def read_map(path: str | None, classes: list[str]) -> dict[str, str]:
         return {k: v for k, v in CLASS_NAMES.items() if v in classes} | lower | {
             c: c for c in classes}
     try:
-        given = json.loads(Path(path).read_text("utf-8"))
-        given = {str(k).lower(): v for k, v in given.items()}
+        given = {k.lower(): v for k, v in json.loads(Path(path).read_text("utf-8")).items()}
     except (ValueError, AttributeError):
         raise InputError(f"--map {path}: not a JSON object of folder name: class") from None
     binary = "Malignant" in given.values() and "Malignant" not in classes
