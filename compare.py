@@ -218,8 +218,7 @@ def curves(run: Run) -> dict[str, np.ndarray]:
 
 
 def plot_curves(groups: dict[str, list[Run]], path: Path) -> None:
-    """Validation accuracy and loss over images passed, a line for each run: at which budget do they
-    meet?"""
+    """Validation accuracy and loss over images passed, run by run: at which budget do they meet?"""
     with figures.drawing(path, 9, 3.6, columns=2) as axes:
         for i, (label, members) in enumerate(groups.items()):
             for j, run in enumerate(members):
