@@ -23,7 +23,6 @@ import data
 import models
 from auditing import duplicates, privacy, privacy_page, probes
 from dataset import interventions, splits, table
-from dataset.files import CLASSES
 from dataset.images import UNITS
 from reporting import figures, finished, inference, metrics, paired, report, run_folder, tables
 from reporting.pages import markdown, write_page
@@ -229,7 +228,7 @@ def audit_run(args: argparse.Namespace) -> None:
                                                    correct),
         "ece": metrics.calibration_error(softmax(logits, axis=1), labels)}
     result["called_benign"] = []
-    if "Benign" in images.classes and set(images.classes) <= set(CLASSES):
+    if metrics.is_binary(images.classes):
         benign = images.classes.index("Benign")
         missed = np.flatnonzero((logits.argmax(1) == benign) & (labels != benign))
         result["called_benign"] = [images.paths[split["test"][i]] for i in missed]

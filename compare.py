@@ -186,7 +186,7 @@ def page(rows: dict[str, dict], tests: list[dict]) -> str:
         "\n\nBest model on validation, test part. One run: Wilson 95 % interval of the accuracy. "
         "Several runs: mean ± sd over them, cost per run. Intervals assume independent images; "
         "images of one patient are not, so they are too narrow.")
-    if any(name.startswith("paper") for name in rows):
+    if any(name.startswith("paper: ") for name in rows):
         text += (" Paper: Table 4, its averages unlabelled; test sizes are those that its figures "
                  "imply. It publishes no predictions: no paired test with it is possible.")
     if tested := test_rows(tests):
@@ -236,7 +236,7 @@ def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> Non
     def middle(label):
         return rows[label]["accuracy"].get("value", rows[label]["accuracy"].get("mean"))
     words = {label: f"{label} ({terminal.show(row['accuracy'])})" for label, row in rows.items()}
-    shown = [label for label in rows if not label.startswith("no network")]
+    shown = [label for label in rows if not label.startswith("no network: ")]
     colour = [label for label in rows if label not in shown and middle(label) is not None]
     note = "accuracy: 95 % interval; of several runs each and their mean"
     with figures.drawing(path, 7, 0.3 * len(shown) + 1) as axis:

@@ -184,10 +184,13 @@ def reserved(out: str | None, default: Path, companion: str) -> Iterator[Path]:
     """The name of a file to write: `out`, or the default, numbered if taken. Held by an empty file
     until it is written, so that two processes never take one name; free again if the work fails.
     companion: suffix of a second file that is written beside. Raises InputError before any work."""
+    if out and not Path(out).name:
+        raise InputError(f"--out {out}: not the name of a file")
     for number in itertools.count(1):
         number = f"-{number}" if number > 1 else ""
         path = Path(out) if out else default.with_name(f"{default.stem}{number}{default.suffix}")
-        taken = [p for p in (path, path.with_suffix(companion)) if p.exists()]
+        taken = [p for p in (path, path.with_suffix(companion))
+                 if p.exists() or p.is_symlink()]  # a link that leads nowhere is in the way, too
         if out and (taken or path.suffix == companion):
             raise InputError(f"--out {out}: " + (f"{taken[0]} exists already" if taken else
                                                  f"must not end in {companion}"))

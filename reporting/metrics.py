@@ -69,7 +69,9 @@ def clustered(hit: np.ndarray, members: np.ndarray) -> dict:
         effective = k
     else:
         variance = k / (k - 1) * ((hits - share * sizes) ** 2).sum() / n**2
-        effective = share * (1 - share) / variance * (t.ppf(0.975, n - 1) / t.ppf(0.975, k - 1))**2
+        with np.errstate(divide="ignore"):  # all shares are equal: as many as there are images
+            effective = share * (1 - share) / variance
+        effective *= (t.ppf(0.975, n - 1) / t.ppf(0.975, k - 1))**2
     effective = float(min(effective, n))
     x = share * effective
     return {"value": share, "low": float(beta.ppf(0.025, x, effective - x + 1)) if x > 0 else 0.0,

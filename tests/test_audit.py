@@ -21,7 +21,7 @@ import models
 import predict
 from auditing import duplicates, probes
 from dataset import interventions, splits
-from reporting import tables
+from reporting import metrics, tables
 
 
 @pytest.fixture(scope="module")
@@ -436,6 +436,6 @@ def test_leukaemias_called_benign_are_named(tmp_path, monkeypatch):
     assert found["called_benign"] == [r[0] for r in test if r[1] == "Early"]
     assert "none" not in audit.run_page(found) and "none" in audit.run_page(
         found | {"called_benign": []})
-    monkeypatch.setattr(audit, "CLASSES", ("Benign", "Early"))  # others may be no leukaemias
+    monkeypatch.setattr(metrics, "CLASSES", ("Benign", "Early"))  # others may be no leukaemias
     audit.main(["run", str(run), "--out", str(tmp_path / "other")])
     assert json.loads((tmp_path / "other" / "audit.json").read_text())["called_benign"] == []

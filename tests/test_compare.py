@@ -256,11 +256,17 @@ def test_the_curves_of_a_group_have_one_colour_and_one_entry_in_the_legend(tmp_p
         "validation accuracy", "validation loss"]
 
 
+def test_a_run_may_be_called_paper_and_has_its_place_in_the_figure(tmp_path, capsys):
+    a, b = make_run(tmp_path / "paper-a", {0}), make_run(tmp_path / "no network b", {1}, lr=0.2)
+    text, found = run(capsys, tmp_path, a, b)
+    assert list(found["rows"])[:2] == ["paper-a", "no network b"] and "Table 4" not in text
+
+
 def test_the_figure_of_accuracies_has_rows_for_networks_and_a_line_for_colour(tmp_path, saved):
     def ran(accuracy):
         return SimpleNamespace(results={"best": {"test": {"accuracy": {"value": accuracy}}}})
     rows = {"a": {"accuracy": {"value": 0.5, "low": 0.25, "high": 0.75}},
-            "none": {"accuracy": {"value": None, "low": None, "high": None}},
+            "no network b": {"accuracy": {"value": None, "low": None, "high": None}},
             "b": {"accuracy": {"mean": 0.5, "sd": 0.25, "n": 2}},
             "paper": {"accuracy": {"value": 0.0, "low": 0.0, "high": 0.5}},
             "no network: means": {"accuracy": {"mean": 0.125, "sd": 0.0, "n": 2}},
@@ -275,7 +281,7 @@ def test_the_figure_of_accuracies_has_rows_for_networks_and_a_line_for_colour(tm
         ([[0.0, 3], [0.5, 3]], "grey"), ([[0.0, 3]], "grey"),
         ([[0.125, 0], [0.125, 1]], "grey")]  # from the bottom to the top of the figure
     assert [text.get_text() for text in axis.get_yticklabels()] == [
-        "a (0.5000 (0.2500–0.7500))", "none (–)", "b (0.5000 ± 0.2500)",
+        "a (0.5000 (0.2500–0.7500))", "no network b (–)", "b (0.5000 ± 0.2500)",
         "paper (0.0000 (0.0000–0.5000))"]
     assert axis.get_xlabel().endswith("\ndashed: no network: means (0.1250 ± 0.0000)")
     assert axis.yaxis_inverted()  # in the order of the table

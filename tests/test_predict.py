@@ -466,13 +466,16 @@ def test_a_row_of_the_csv_is_the_softmax_and_an_unreadable_image_has_none(tmp_pa
     ("RUN EMPTY", "no image in"), ("RUN TREE --map absent.json", "absent.json"),
     ("RUN TREE --map BAD", "not a JSON object"), ("RUN TREE --map WRONG", "mapped to 'Pro'"),
     ("RUN TREE --out BAD", "exists already"), ("RUN TREE --client 3", "has no place here"),
+    ("RUN TREE --out LINK", "exists already"), ("RUN TREE --out .", "not the name of a file"),
     ("RUN TREE --device cuda:7", "not there"), ("RUN", "required: PATH")])
 def test_bad_input_is_one_line(run, tree, tmp_path, capsys, line, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").write_text("[1]")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "wrong").write_text('{"x": "Pro"}')
     for name, path in (("RUN", run), ("TREE", tree), ("EMPTY", tmp_path / "empty"),
-                       ("BAD", tmp_path / "bad"), ("WRONG", tmp_path / "wrong")):
+                       ("BAD", tmp_path / "bad"), ("WRONG", tmp_path / "wrong"),
+                       ("LINK", tmp_path / "link")):
         line = line.replace(name, str(path))
     with pytest.raises(SystemExit) as stop:
         checks.guard(lambda: predict.main(line.split()))

@@ -491,6 +491,11 @@ def test_a_patient_counts_once_until_ten_hold_an_error():
     assert metrics.clustered(~hit, members)["effective_n"] == 40  # fewer than ten hold a hit
 
 
+def test_patients_of_equal_shares_count_as_their_images(recwarn):
+    found = metrics.clustered(np.tile([True, False], 20), np.repeat(np.arange(20), 2))
+    assert (found["value"], found["effective_n"]) == (0.5, 40) and not recwarn.list
+
+
 def test_patients_that_count_once_have_the_interval_of_clopper_and_pearson():
     """Five of forty patients are wrong: each limit leaves 2.5 % in its tail. At the ends, and for
     no image at all, the limit is known."""
