@@ -5,8 +5,10 @@ imports it first, so that what it sets for the threads stands before torch is lo
 """
 
 import argparse
+import errno
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -87,7 +89,9 @@ class Quiet:
     def _do(self, name: str, *arguments: str) -> None:
         try:
             getattr(self.stream, name)(*arguments)
-        except BrokenPipeError:  # from now on to nowhere, or Python would complain at its end
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # of a closed pipe or terminal
+                raise  # else: from now on to nowhere, or Python would complain at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         except (ValueError, AttributeError):  # closed, or never there
             pass
@@ -108,7 +112,7 @@ def guard(main: Callable[[], None]) -> None:
         sys.exit(130)
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         words = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and "memory" not in words:
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", words):
             raise
         if isinstance(error, MemoryError | RuntimeError):  # the latter are PyTorch's
             words = f"not enough memory ({words}); a smaller --batch-size or --image-size may do"

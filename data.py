@@ -133,6 +133,8 @@ def load(args: argparse.Namespace) -> Images:
     """The data set that the flags name, --data DIR or the drawn smears, after --remove."""
     listed, removed = table.chosen(args), interventions.chosen(args)
     if args.data is not None:
+        if not args.data:
+            raise InputError("--data: an empty name")
         images = read_folder(args.data, args.image_size, args.skip_bad,
                              getattr(args, "classes", None), listed, args.skip_unlisted,
                              removed, getattr(args, "cache", None))
@@ -149,8 +151,8 @@ def load(args: argparse.Namespace) -> Images:
         there = table.apply(listed, there, args.skip_unlisted, None)
     there, pixels = there.by_class(), dict(zip(paths, drawn, strict=True))
     shape = args.image_size, args.image_size, "RGB"
-    decoded = ((pixels[str(f)], hashlib.sha256(pixels[str(f)]).hexdigest(), shape)
-               for f in there.files)
+    decoded = ((p, hashlib.sha256(p).hexdigest(), shape) for p in (
+        pixels[file.as_posix()] for file in there.files))
     return _collect(there, decoded, args.image_size, removed, "synthetic")
 
 

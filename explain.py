@@ -283,18 +283,18 @@ def main(argv: list[str] | None = None) -> None:
         of_the_run(folder, trained, args.per_class, args.data, args.cache)
     founds, checks = [], []
     classify = partial(inference.probabilities, trained)
-    with tqdm(total=len(subjects) + len(STAGES), desc="explaining", disable=None) as bar:
-        for i, s in enumerate(subjects):
-            founds.append(explain(trained, s, args, classify))
-            checks.append(None if s.chosen == "misclassified" else
-                          check(s, founds[-1], args, classify, seed=i))
-            bar.update()
-        checked = [i for i, c in enumerate(checks) if c]
-        correlations = randomise(trained, [subjects[i] for i in checked],
-                                 [founds[i] for i in checked], args, bar)
-    found = verdicts([checks[i] for i in checked], correlations, [subjects[i] for i in checked],
-                     args)
-    with run_folder.made(None, str(folder / "explanations")) as out:
+    with run_folder.made(None, str(folder / "explanations")) as out:  # before all the work
+        with tqdm(total=len(subjects) + len(STAGES), desc="explaining", disable=None) as bar:
+            for i, s in enumerate(subjects):
+                founds.append(explain(trained, s, args, classify))
+                checks.append(None if s.chosen == "misclassified" else
+                              check(s, founds[-1], args, classify, seed=i))
+                bar.update()
+            checked = [i for i, c in enumerate(checks) if c]
+            correlations = randomise(trained, [subjects[i] for i in checked],
+                                     [founds[i] for i in checked], args, bar)
+        found = verdicts([checks[i] for i in checked], correlations,
+                         [subjects[i] for i in checked], args)
         write_table(out, subjects, founds, checks, trained.classes)
         run_folder.write_json(out / "explanations.json", found)
         with report.decoration(f"{out}/explanations.json"):

@@ -112,7 +112,7 @@ def from_table(listed: table.Table, args, files: list[Path],
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The T > 0 whose softmax(logits / T) has the lowest cross-entropy (Guo et al. 2017)."""
+    """The T whose softmax(logits / T) has the lowest cross-entropy, e⁻³ to e³ (Guo et al. 2017)."""
     def loss(log_t: float) -> float:
         scaled = log_softmax(logits / np.exp(log_t), axis=1)
         return -scaled[np.arange(len(labels)), labels].mean()
@@ -124,6 +124,8 @@ def temperature(folder: Path) -> float:
     path = folder / "temperature.json"
     if not path.exists():
         val = finished.read_predictions(folder, "val")
+        if (val.logits.argmax(1) == val.labels).all():
+            raise InputError("--calibrate: every validation image is right; no temperature follows")
         value = fit_temperature(val.logits, val.labels)
         before, after = (metrics.measure(val.logits / t, val.labels, val.classes)
                          for t in (1.0, value))
@@ -154,14 +156,15 @@ def predict(trained: inference.Trained, files: list[Path],
     return out, seconds, bad
 
 
-def evaluate(logits: np.ndarray, labels: list[str], classes: list[str]) -> dict | None:
-    """Full metrics over the labelled images; malignant against benign where that is all that is
-    known. None without labels."""
+def evaluate(logits: np.ndarray, labels: list[str], classes: list[str],
+             binary: bool = False) -> dict | None:
+    """Full metrics over the labelled images; None without labels. binary: the labels tell Malignant
+    from Benign only, and all classes but Benign are malignant."""
     known = [i for i, label in enumerate(labels) if label and np.isfinite(logits[i]).all()]
     if not known:
         return None
     logits = logits[known]
-    if "Malignant" in labels and "Malignant" not in classes:
+    if binary:
         log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
         benign = log_p[:, classes.index("Benign")]
         rest = np.delete(log_p, classes.index("Benign"), axis=1)
@@ -224,7 +227,8 @@ def main(argv: list[str] | None = None) -> None:
         t = temperature(folder) if args.calibrate else 1.0
         logits, seconds, bad = predict(trained if args.exact else inference.fast(trained), files, t)
         write_csv(out, files, labels, logits, seconds, trained.classes)
-        figures = evaluate(logits, labels, trained.classes)
+        figures = evaluate(logits, labels, trained.classes, binary=not {*names.values()} <= {
+            *trained.classes})
         if figures is not None:
             run_folder.write_json(out.with_suffix(".json"), figures)
     print(f"{len(files) - len(bad)} images to {out}" + (f", temperature {t:.3f}" if t != 1 else ""))
@@ -234,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
             figures["n"], terminal.show(figures["accuracy"]),
             *(terminal.show(figures[k]) for k in ("macro_f1", "kappa", "roc_auc", "loss", "ece"))]])
         print(f"all figures: {out.with_suffix('.json')}"
-              + (f"; {unlabelled} images without a class folder left out" if unlabelled else ""))
+              + (f"; {unlabelled} images without a known class left out" if unlabelled else ""))
     for i, reason in sorted(bad.items()):
         warn(f"unreadable: {files[i]} ({reason})")
     if bad:

@@ -21,7 +21,8 @@ class Cache:
     """The cache of one set in a folder of caches; several processes may read and write it."""
 
     def __init__(self, folder: str, files: list[Path], size: int, removed: list[str]) -> None:
-        described = [[os.path.abspath(f), (s := os.stat(f)).st_size, s.st_mtime_ns] for f in files]
+        stats = [os.stat(f, follow_symlinks=f.exists()) for f in files]  # of a broken link, its own
+        described = [[os.path.abspath(f), s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]
         code = [Path(__file__).with_name(f"{name}.py").read_bytes().hex()
                 for name in ("files", "interventions")]
         key = json.dumps([described, size, removed, PIL.__version__, PIL.Image.MAX_IMAGE_PIXELS,
@@ -54,7 +55,9 @@ class Cache:
             atexit.register(path.unlink, missing_ok=True)
         try:
             with open(self.own, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, int(np.prod(self.shape)))
+                if hasattr(os, "posix_fallocate"):  # notices a full disk now, not while writing
+                    os.posix_fallocate(file.fileno(), 0, int(np.prod(self.shape)))
+                file.truncate(int(np.prod(self.shape)))
             return np.memmap(self.own, np.uint8, "r+", shape=self.shape)
         except OSError as error:
             self.own.unlink(missing_ok=True)

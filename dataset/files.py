@@ -25,7 +25,8 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
 AHEAD = 2**24  # bytes of pixels that are decoded before the first of them must have been used
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
          "dev": "val", "test": "test", "testing": "test"}  # words for the parts of a given split
-Image.MAX_IMAGE_PIXELS = int(os.environ.get("MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS))
+if os.environ.get("MAX_IMAGE_PIXELS", "").isdecimal():
+    Image.MAX_IMAGE_PIXELS = int(os.environ["MAX_IMAGE_PIXELS"])
 SERVICE = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information",
            "lost+found"}  # folders that file servers and operating systems make
 
@@ -80,8 +81,10 @@ def find_images(root: Path, classes: list[str] | None = None, labelled: bool = F
     if len(visited) < len(entered):
         raise InputError(f"--data {base}: one folder under two names, by a link")
     out = Found(base, [], [], {"split": []} if parts else {}, above=(root,))
-    out.ignored = Counter(p.suffix or p.name for folder in (base, *parts)
-                          for p in folder.iterdir() if p not in entered)
+    above = [p for p in base.parents if p.is_relative_to(root)]  # wrapping folders
+    out.ignored = Counter(p.suffix or p.name for folder in (base, *parts, *above)
+                          for p in folder.iterdir() if (p.is_file() or folder not in above)
+                          and not any(inner.is_relative_to(p) for inner in entered))
     for part, tree in zip(parts or [None], trees, strict=True):
         for name, folder in tree.items():
             files, passed = find_files(folder, visited)
@@ -183,13 +186,13 @@ def say_passed(passed: Counter) -> str:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as 8-bit RGB: turned upright by its EXIF block, 16 bits scaled to 8, and
     transparent parts laid over white."""
+    image.load()  # here: below, what a broken file raises would be taken for a broken EXIF block
     with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse whole pixels
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        if 0 < grey.max() < 2**13:  # 10 or 12 bits of a camera, stored in 16
-            raise ValueError(f"16-bit pixels of which the largest is {grey.max()} of 65535, nearly "
-                             "black: scale them to 16 bits, or save them with 8")
+        grey = np.asarray(image).astype(np.int64).clip(0)
+        if grey.max() > 65535:
+            raise ValueError("pixels of more than 16 bits have no defined white")
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white")
@@ -202,8 +205,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def decode(path: Path, size: int) -> tuple[np.ndarray, str, tuple]:
     """One file → uint8 [size, size, 3], pixel digest, (width, height, mode)."""
     with Image.open(path) as image:
-        mode = image.mode
+        mode, deep = image.mode, image.mode.startswith("I") or ";16" in str(image.tile)
         rgb = to_rgb(image)
+    if deep and 0 < np.asarray(rgb).max() < 32:  # 10 or 12 bits of a camera, stored in 16
+        raise ValueError("16-bit pixels, nearly black: scale them to 16 bits, or save them with 8")
     digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
     return np.asarray(rgb.resize((size, size), Image.BILINEAR)), digest, (*rgb.size, mode)
 
@@ -216,7 +221,7 @@ def decode_all(files: list[Path], size: int) -> Iterator[tuple | str]:
             return decode(path, size)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             return (f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; the environment variable "
-                    "MAX_IMAGE_PIXELS raises this limit")
+                    "MAX_IMAGE_PIXELS, a whole number, raises this limit")
         except Exception as error:  # noqa: BLE001 - decoders raise all sorts on broken files
             return " ".join(str(error).replace(str(path), "it").split())
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -137,6 +137,8 @@ def make_clients(args: argparse.Namespace, images: Images, split: splits.Split) 
     if args.partition == "stain":
         owner = stain_owners(args, images, split["train"])
         clients = [split["train"][owner[split["train"]] == k] for k in range(args.clients)]
+        if not all(map(len, clients)):
+            raise InputError(f"--partition stain: no class has images for {args.clients} clients")
         red = colour_statistics(images.array(), "means")[:, 0]
         classes = [split["train"][images.labels[split["train"]] == c] for c in
                    range(len(images.classes))]

@@ -106,6 +106,8 @@ def _blocked(labels: np.ndarray, paths: list[str], folds: int | None = None, k: 
         parts["train"] += rest[:train]
         parts["val"] += rest[len(rest) - val:]
         parts["test"] += order[start:end]
+    if folds is not None and inner_val and not parts["val"]:
+        raise InputError(f"--inner-val {inner_val:g} leaves a blocked fold without validation")
     return {name: np.sort(np.array(part, dtype=np.int64)) for name, part in parts.items()}
 
 
@@ -165,6 +167,8 @@ def given(words: np.ndarray, labels: np.ndarray, seed: int, groups: list | None 
             split["train"], split["val"] = map(np.sort, _stratified(rest, labels, tenth or 1, seed))
         else:
             split["val"], split["train"] = _take_groups(rest, groups, [tenth], seed)
+            if len(split["val"]) == 0:
+                raise InputError("no val part is given, and no patient or group is small enough")
         warn(f"note: the given split has no val part: {len(split['val'])} images of its training "
              f"part validate, {'stratified' if groups is None else 'whole groups'}")
     return split
@@ -242,7 +246,7 @@ def partition(kind: str, labels: np.ndarray, train: np.ndarray, clients: int, se
         parts = _equal_sizes(labels, train, clients, alpha, rng)
     else:
         parts = deal(labels, train, _shards(labels[train], clients, classes_per_client, rng), rng)
-        if min(map(len, parts)) == 0:
+        if min(len(np.unique(labels[part])) for part in parts) < classes_per_client:
             raise InputError(f"{clients} clients are too many: a class has fewer images than "
                              "owners")
     return [np.sort(part).astype(np.int64) for part in parts]

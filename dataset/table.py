@@ -116,21 +116,23 @@ def _find_columns(name: str, header: list[str], headings: list[str]) -> dict[str
 
 def match(table: Table, files: list[Path], places: list[Path]) -> dict[int, dict[str, str]]:
     """The row of each file that the table names, by the file's number. A path is tried in each of
-    the folders `places`; then as a file's name without folder, then without suffix, where
-    exactly one file fits. Raises InputError for rows that fit none or several, or one file."""
+    the folders `places`; then as a file's name without folder, then without suffix, where exactly
+    one file fits (a note counts these). InputError for rows that fit none, several, or one file."""
     whole = {str(file): i for i, file in enumerate(files)}
     by_name, by_stem = defaultdict(list), defaultdict(list)
     for i, file in enumerate(files):
         by_name[file.name].append(i)
         by_stem[file.stem].append(i)
-    found, none, several = [], [], []
+    found, none, several, moved = [], [], [], []
     for path in table.rows:
         variants = path, path.replace("\\", "/")
         last = variants[1].rsplit("/", 1)[-1]
         exact = [whole[p] for p in (str(place / v) for v in variants for place in places)
                  if p in whole]
-        fits = (exact[:1] or by_name.get(last) or by_stem.get(last)
-                or by_stem.get(Path(last).stem) or [])
+        named = exact[:1] or by_name.get(variants[1]) or by_stem.get(variants[1])
+        fits = named or (by_name.get(last) or by_stem.get(last)
+                         or by_stem.get(Path(last).stem) or [])
+        moved += [path] if fits and not named else []
         found += fits[:1]
         none += [path] if not fits else []
         several += [f"{path} ({len(fits)} files)"] if len(fits) > 1 else []
@@ -140,6 +142,9 @@ def match(table: Table, files: list[Path], places: list[Path]) -> dict[int, dict
         raise table.wrong("path(s) are no file, and as names fit several", several)
     if twice := [str(files[i]) for i, count in Counter(found).items() if count > 1]:
         raise table.wrong("file(s) are named by several rows", twice)
+    if moved:
+        warn(f"note: {table.name}: {len(moved)} path(s) are no file and were met by their name "
+             f"alone, such as {moved[0]}")
     return dict(zip(found, table.rows.values(), strict=True))
 
 
@@ -164,6 +169,8 @@ def apply(table: Table, found: Found, skip_unlisted: bool, classes: list[str] | 
     if "label" in table.columns:
         names = class_names(sorted({labels[i] for i in keep}), classes, table.name)
         labels = {i: names[labels[i]] for i in keep}
+    elif classes is None and len({labels[i] for i in keep}) < 2:
+        raise InputError(f"{table.name}: it leaves one class only, nothing to tell apart")
     known = {c: [values[i] for i in keep] for c, values in found.known.items()} | {
         c: [rows[i][c] for i in keep] for c in table.columns if c not in ("path", "label")}
     for unit in UNITS:

@@ -68,7 +68,8 @@ def grad_cam(model: nn.Module, image: Tensor, target: int, layer: nn.Module) -> 
     handle = layer.register_forward_hook(keep)
     try:
         score = model(image.detach().requires_grad_())[0, target]
-        if not kept or not isinstance(kept[0], Tensor) or kept[0].dim() != 4:
+        if not kept or not isinstance(kept[0], Tensor) or kept[0].dim() != 4 or (
+                kept[0].shape[2] != kept[0].shape[3]):  # of square images: channels stand last
             raise InputError("--layer: its output is no feature map [n, channels, h, w]")
         gradient, = torch.autograd.grad(score, kept[0])
     finally:

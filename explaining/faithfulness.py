@@ -53,17 +53,19 @@ def random_area(classify: Callable[[Tensor], np.ndarray], pixels: Tensor, target
 def randomised(model: torch.nn.Module, fresh: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """`model`'s state with the top `share` of its layers, from the head down, those of an untrained
     network of the same kind (cascading randomisation, Adebayo et al. 2018)."""
-    layers = [name for name, module in model.named_modules()
-              if module.state_dict() and not list(module.children())]
+    layers = list(dict.fromkeys(key.rpartition(".")[0] for key in fresh))
     top = layers[len(layers) - max(1, round(share * len(layers))):]
     return {key: (fresh if key.rpartition(".")[0] in top else model.state_dict())[key].clone()
             for key in fresh}
 
 
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's ρ of two maps' magnitudes; 0 where one of them is flat."""
-    a, b = np.abs(a).ravel(), np.abs(b).ravel()
-    return 0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else float(spearmanr(a, b).statistic)
+def rank_correlation(a: np.ndarray, original: np.ndarray) -> float | None:
+    """Spearman's ρ of two maps' magnitudes; 0 where the first is flat, None where the original is:
+    a map that shows nothing cannot show that it depends on the weights."""
+    a, b = np.abs(a).ravel(), np.abs(original).ravel()
+    if np.ptp(b) == 0:
+        return None
+    return 0.0 if np.ptp(a) == 0 else float(spearmanr(a, b).statistic)
 
 
 def jaccard(weights: list[np.ndarray], top: int = 5) -> float:

@@ -55,6 +55,8 @@ def load(folder: Path, device: torch.device, client: int | None = None) -> Train
             f"; it holds several runs, name one: {', '.join(parts)}" if parts else
             ", it is no trained run"))
     content = models.read_file(folder / "model.pt")
+    if not {"model", "classes", "state"} <= content.keys():
+        raise InputError(f"{folder}/model.pt: not a model that this project wrote")
     local_bn = content.get("local_bn", {})
     if bool(local_bn) != (client is not None) or (local_bn and client not in local_bn):
         raise InputError(f"{folder}: " + (

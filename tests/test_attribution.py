@@ -143,20 +143,26 @@ def test_grad_cam_of_a_small_map_is_drawn_out_between_the_centres_of_its_cells()
 
 
 def test_a_layer_without_a_feature_map_is_refused():
-    """One that the image never reaches, one with several outputs, one with no sides."""
+    """One that the image never reaches, one with several outputs, one with no sides, and one with
+    its channels last."""
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
             self.idle, self.pair, self.flat = nn.Conv2d(3, 1, 1), Pair(), nn.Flatten()
+            self.last = Last()
 
         def forward(self, x):
-            return self.flat(self.pair(x)[0])
+            return self.flat(self.last(self.pair(x)[0]))
+
+    class Last(nn.Module):
+        def forward(self, x):
+            return x.permute(0, 2, 3, 1)
 
     class Pair(nn.Module):
         def forward(self, x):
             return x * 2, x
     net = Odd()
-    for layer in (net.idle, net.pair, net.flat):
+    for layer in (net.idle, net.pair, net.flat, net.last):
         with pytest.raises(InputError, match="no feature map"):
             attribution.grad_cam(net, image(4), 0, layer)
     assert hooks(net) == 0

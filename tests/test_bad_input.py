@@ -62,7 +62,7 @@ def place(tmp_path_factory):
 GOOD = "--data good"
 CASES = [
     # data
-    ("--data absent", "absent: no such folder"),
+    ("--data absent", "absent: no such folder"), ("--data=", "--data: an empty name"),
     ("--data file.txt", "file.txt: no such folder"),
     ("--data empty", "no class folder"),
     ("--data good/a", "no class folder"),

@@ -140,6 +140,15 @@ def test_a_full_disk_is_one_line_and_work_goes_on(root, tmp_path, monkeypatch, c
     assert not list((tmp_path / "c").glob("*.json"))
 
 
+def test_a_system_without_fallocate_and_a_broken_link_do_no_harm(root, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")  # as on Windows and macOS
+    (root / "a" / "a-002.png").unlink()
+    (root / "a" / "a-002.png").symlink_to(tmp_path / "nowhere.png")
+    found = [load(root, tmp_path / "c", skip_bad=True) for _ in range(2)]
+    plain = data.read_folder(str(root), 16, skip_bad=True)
+    assert same(found[0], plain) and same(found[1], plain) and len(plain.bad) == 1
+
+
 STOPPED = """
 import data, os, signal, sys
 from dataset import files

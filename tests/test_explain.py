@@ -381,6 +381,15 @@ def test_a_client_of_fedbn_is_named(tree, tmp_path):
     assert any(not torch.equal(one[k], two[k]) for k in one)
 
 
+def test_what_cannot_be_written_is_said_before_the_work(explained, tmp_path, monkeypatch):
+    monkeypatch.setattr(explain, "explain", lambda *a: pytest.fail("work was done"))
+    shutil.copytree(explained[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "explanations")
+    (tmp_path / "run" / "explanations").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(checks.InputError, match="leads through a broken link"):
+        explain.main([str(tmp_path / "run")])
+
+
 @pytest.mark.parametrize("line,words", [
     ("absent", "it is no trained run"), ("RUN --layer layer9", "no such module"),
     ("RUN --layer fc", "no feature map"), ("RUN --images absent.png", "--images absent.png"),

@@ -105,6 +105,15 @@ def test_randomisation_goes_from_the_head_down():
     assert all(torch.equal(everything[k], fresh[k]) for k in fresh)
 
 
+def test_weights_beside_a_module_of_its_own_are_randomised_too():
+    """As those of attention, which has a layer inside and weights of its own."""
+    net, fresh = (torch.nn.Sequential(torch.nn.MultiheadAttention(4, 1), torch.nn.Linear(4, 2))
+                  for _ in range(2))
+    state = ff.randomised(net, fresh.state_dict(), 1.0)
+    assert all(torch.equal(state[k], v) for k, v in fresh.state_dict().items())
+    assert not torch.equal(state["0.in_proj_weight"], net[0].in_proj_weight)
+
+
 def test_layers_without_weights_are_no_layers_to_randomise():
     net, fresh = (torch.nn.Sequential(*(torch.nn.ReLU() for _ in range(4)), torch.nn.Linear(2, 2),
                                       torch.nn.Linear(2, 2)) for _ in range(2))
@@ -128,7 +137,7 @@ def test_rank_correlation():
     assert ff.rank_correlation(a, a**3) == pytest.approx(1)
     assert ff.rank_correlation(a, -a) == pytest.approx(1)  # magnitudes
     assert ff.rank_correlation(a, a.max() - a) == pytest.approx(-1)
-    assert ff.rank_correlation(a, np.zeros((3, 4))) == 0.0
+    assert ff.rank_correlation(a, np.zeros((3, 4))) is None  # shows nothing, so tells nothing
     assert ff.rank_correlation(np.ones((3, 4)), a) == 0.0
 
 

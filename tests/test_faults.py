@@ -107,10 +107,11 @@ def test_any_lack_of_memory_is_one_line(capsys, error, words):
     assert code == 2 and len(lines) == 1 and words in lines[0]
 
 
-def test_other_errors_of_pytorch_are_not_hidden():
+@pytest.mark.parametrize("words", ["shapes differ", "CUDA error: an illegal memory access"])
+def test_other_errors_of_pytorch_are_not_hidden(words):
     def main():
-        raise RuntimeError("shapes differ")
-    with pytest.raises(RuntimeError, match="shapes differ"):
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match=words):
         checks.guard(main)
 
 

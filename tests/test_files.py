@@ -2,6 +2,9 @@
 
 from checks import InputError
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from helpers import train, write_tree
@@ -11,6 +14,8 @@ import data
 import predict
 from dataset import files
 from dataset.files import class_names, decode_all, find_class_folders
+
+NEARLY_BLACK = "16-bit pixels, nearly black: scale them to 16 bits, or save them with 8"
 
 
 def picture(path, seed=0, mode="RGB"):
@@ -98,6 +103,16 @@ def test_original_is_entered_only_where_nothing_else_could_be_meant(tmp_path):
     assert list(find_class_folders(tmp_path / "flat")) == ["Copy", "Original"]
 
 
+def test_what_lies_beside_a_wrapping_folder_is_counted_and_the_folder_is_not(tmp_path):
+    root = tmp_path / "set"
+    for part in ("train", "test"):
+        write_tree(root / "inner" / part / "wrap", {"a": 3, "b": 3})
+    for place in (root, root / "inner", root / "inner" / "train"):
+        picture(place / "loose.png")
+    images = data.read_folder(str(root), 20)
+    assert len(images.paths) == 12 and images.ignored == {".png": 3}
+
+
 def test_service_folders_are_passed_over_and_counted(tmp_path, capsys):
     root = write_tree(tmp_path / "set", {"a": 12, "b": 12})
     for place in ("@eaDir", "a/@eaDir", "b/__MACOSX", "__MACOSX/a", "a/.cache"):
@@ -143,20 +158,60 @@ def test_a_camera_with_12_bits_in_16_is_refused_and_not_read_as_black(tmp_path):
     read, camera, black = decode_all(
         [tmp_path / name for name in ("wide.png", "camera.tif", "black.png")], 20)
     assert read[0].max() == 255 and black[0].max() == 0
-    assert "the largest is 4095 of 65535" in camera
+    assert camera == NEARLY_BLACK
 
 
-def test_16_bits_are_rounded_to_8_where_the_largest_fills_13_of_them(tmp_path):
+def colours_of_16_bits(path, largest):
+    """A PNG of 8 x 8 pixels, three channels of 16 bits each, which Pillow cannot write."""
+    rows = np.full((8, 8, 3), largest, ">u2")
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(
+            ">I", zlib.crc32(kind + content))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(
+        ">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"".join(
+            b"\0" + row.tobytes() for row in rows))) + chunk(b"IEND", b""))
+
+
+def test_colours_of_12_bits_in_16_and_grey_of_32_are_refused_too(tmp_path):
+    for largest in (4095, 65535):
+        colours_of_16_bits(tmp_path / f"{largest}.png", largest)
+    Image.fromarray(np.full((8, 8), 70000, np.int32)).save(tmp_path / "32.tif")
+    camera, whole, grey = decode_all([tmp_path / n for n in ("4095.png", "65535.png", "32.tif")], 8)
+    assert camera == NEARLY_BLACK and whole[0].min() == 255
+    assert grey == "pixels of more than 16 bits have no defined white"
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("name, more", [("a.png", {}), ("a.tif", {"compression": "tiff_deflate"}),
+                                        ("a.tif", {"compression": "tiff_lzw"}), ("a.jp2", {})])
+def test_a_damaged_file_is_no_image(tmp_path, name, more):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / name, **more)
+    whole = (tmp_path / name).read_bytes()
+    third, half, shown = len(whole) // 3, len(whole) // 2, 0
+    for broken in (whole[:third], whole[:half] + b"\xff" * 200 + whole[half + 200:]):
+        (tmp_path / name).write_bytes(broken)
+        try:
+            with Image.open(tmp_path / name) as image:
+                image.load()
+        except OSError:  # no format shows every damage
+            (decoded,) = decode_all([tmp_path / name], 64)
+            assert isinstance(decoded, str)
+            shown += 1
+    assert shown
+
+
+def test_16_bits_are_rounded_to_8_where_the_largest_is_32_of_255_at_least(tmp_path):
     """A step of 8 bits is 257 of 16: 128 is nearer to none, 129 to the first."""
-    steps = np.array([[0, 128, 129, 385, 386, 8191, 8192, 65535]], np.uint16)
-    for name, grey in (("all.png", steps), ("13.png", np.minimum(steps, 8191)),
-                       ("14.png", np.minimum(steps, 8192)), ("1.png", np.minimum(steps, 1))):
+    steps = np.array([[0, 128, 129, 385, 386, 8095, 8096, 65535]], np.uint16)
+    for name, grey in (("all.png", steps), ("13.png", np.minimum(steps, 8095)),
+                       ("14.png", np.minimum(steps, 8096)), ("1.png", np.minimum(steps, 129))):
         Image.fromarray(np.repeat(grey, 8, 0)).save(tmp_path / name)
     every, small, enough, black = decode_all(
         [tmp_path / name for name in ("all.png", "13.png", "14.png", "1.png")], 8)
-    assert every[0][3].tolist() == [[v] * 3 for v in (0, 0, 1, 1, 2, 32, 32, 255)]
+    assert every[0][3].tolist() == [[v] * 3 for v in (0, 0, 1, 1, 2, 31, 32, 255)]
     assert enough[0].max() == 32
-    assert "the largest is 8191 of 65535" in small and "the largest is 1 of 65535" in black
+    assert small == black == NEARLY_BLACK
 
 
 def test_only_so_many_images_are_decoded_ahead_that_their_pixels_fill_16_mib(monkeypatch):

@@ -269,7 +269,7 @@ def test_other_class_names_and_malignant_against_benign(run, tree, tmp_path, cap
     assert found["n"] == 22 + 24 and list(found["per_class"]) == ["Benign", "Malignant"]
     out = capsys.readouterr().out
     assert f"72 images to {tmp_path}/x.csv\n" in out  # no temperature
-    assert f"all figures: {tmp_path}/x.json; 26 images without a class folder left out\n" in out
+    assert f"all figures: {tmp_path}/x.json; 26 images without a known class left out\n" in out
     rows = [r for r in rows_of(tmp_path / "x.csv") if r["label"]]
     said = [(r["label"] == "Malignant", float(r["p_Benign"]) < 0.5) for r in rows]
     confusion = [[sum(s == (t, p) for s in said) for p in (False, True)] for t in (False, True)]
@@ -316,6 +316,14 @@ def test_what_the_temperature_does_to_loss_and_calibration_is_kept_with_it(tmp_p
     assert kept["fitted_on"] == "validation part" and kept["n"] == 4
     assert kept["ece"] == pytest.approx([0.15, 0], abs=1e-4)  # 0.9, then 0.75, against 3 of 4
     assert kept["loss"] == pytest.approx([-np.mean(np.log([p, p, p, 1 - p])) for p in (0.9, 0.75)])
+
+
+def test_no_temperature_follows_where_every_validation_image_is_right(tmp_path):
+    (tmp_path / "predictions.csv").write_text(
+        "path,label,split,prediction,p_a,p_b\nx,a,val,a,0.9,0.1\ny,b,val,b,0.2,0.8\n")
+    with pytest.raises(checks.InputError, match="every validation image is right"):
+        predict.temperature(tmp_path)
+    assert not (tmp_path / "temperature.json").exists()
 
 
 def test_temperature_is_fitted_once_on_validation_and_kept(run, tree, tmp_path, capsys):
@@ -441,8 +449,10 @@ def test_subtypes_add_up_to_malignant_and_only_labelled_images_count():
     labels = ["Malignant", "", "Benign", "Malignant", "Benign"]
     binary = np.array([[0.3, 0.7], [0.5, 0.5], [0.1, 0.9]])
     expected = metrics.measure(np.log(binary), np.array([1, 0, 1]), ["Benign", "Malignant"])
-    found = predict.evaluate(logits, labels, classes)
+    found = predict.evaluate(logits, labels, classes, binary=True)
     assert list(found["per_class"]) == ["Benign", "Malignant"] and found["n"] == 3
+    healthy = predict.evaluate(logits, ["", "", "Benign", "", ""], classes, binary=True)
+    assert list(healthy["per_class"]) == ["Benign", "Malignant"]  # whoever else is there
     for key in ("loss", "brier", "ece", "roc_auc"):
         assert found[key] == pytest.approx(expected[key])
     assert predict.evaluate(logits, ["Early", "", "Pre", "Pre", "Pre"], classes) == metrics.measure(
@@ -467,9 +477,11 @@ def test_a_row_of_the_csv_is_the_softmax_and_an_unreadable_image_has_none(tmp_pa
     ("RUN TREE --map BAD", "not a JSON object"), ("RUN TREE --map WRONG", "mapped to 'Pro'"),
     ("RUN TREE --out BAD", "exists already"), ("RUN TREE --client 3", "has no place here"),
     ("RUN TREE --out LINK", "exists already"), ("RUN TREE --out .", "not the name of a file"),
+    ("EMPTY TREE", "not a model that this project"),
     ("RUN TREE --device cuda:7", "not there"), ("RUN", "required: PATH")])
 def test_bad_input_is_one_line(run, tree, tmp_path, capsys, line, words):
     (tmp_path / "empty").mkdir()
+    torch.save({"weights": 1}, tmp_path / "empty" / "model.pt")
     (tmp_path / "bad").write_text("[1]")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "wrong").write_text('{"x": "Pro"}')

@@ -191,6 +191,11 @@ def test_impossible_partitions_end_with_a_clear_error():
     few = np.arange(12)
     with pytest.raises(InputError, match="13 clients"):
         splits.partition("iid", PAPER, few, 13, 42)
+    lone = np.array([0] * 30 + [1] * 30 + [2])  # one image cannot serve two owners
+    with pytest.raises(InputError, match="a class has fewer images than owners"):
+        splits.partition("shards", lone, np.arange(61), 6, 42, classes_per_client=2)
+    with pytest.raises(InputError, match="leaves a blocked fold without validation"):
+        splits.make_folds("blocked", np.arange(128) % 2, 2, 42, paths=[f"{i}" for i in range(128)])
     with pytest.raises(InputError, match="without an empty one in 1000 draws"):
         splits.partition("dirichlet", PAPER, few, 12, 42, alpha=0.01)
 

@@ -86,11 +86,13 @@ def test_headings_are_named_and_never_guessed(flat, tmp_path, capsys):
             look(root, path, wrong)
 
 
-def test_a_path_is_also_tried_as_a_name_where_one_file_fits(tmp_path):
+def test_a_path_is_also_tried_as_a_name_where_one_file_fits(tmp_path, capsys):
     root = write_tree(tmp_path / "d", {"a": 2, "b": 2}, 8)
     listed = put(tmp_path / "1.csv", ["path", "patient"], ["a\\a-001.png", 1], ["./a/a-002.png", 2],
                  ["old/place/b-001.dcm", 3], [str(root / "b" / "b-002.png"), 4])
     assert look(root, listed).known["patient"].tolist() == ["1", "2", "3", "4"]
+    assert (f"note: --table {listed}: 1 path(s) are no file and were met by their name alone, such "
+            "as old/place/b-001.dcm\n") in capsys.readouterr().err
     (root / "b" / "b-001.png").rename(root / "b" / "a-001.png")
     listed = put(tmp_path / "2.csv", ["path"], ["a-001"], ["a-002"], ["b-002"], ["b-003"])
     with pytest.raises(InputError, match="1 path.s. are no image under .*: b-003"):
@@ -98,6 +100,9 @@ def test_a_path_is_also_tried_as_a_name_where_one_file_fits(tmp_path):
     listed = put(tmp_path / "3.csv", ["path"], ["a-001"], ["a-002"], ["b-002"])
     with pytest.raises(InputError, match=r"as names fit several: a-001 \(2 files\)"):
         look(root, listed)
+    listed = put(tmp_path / "one.csv", ["path"], ["a/a-001.png"], ["a/a-002.png"])
+    with pytest.raises(InputError, match="it leaves one class only"):
+        look(root, listed, skip=True)
     listed = put(tmp_path / "4.csv", ["path"], ["a/a-002.png"], ["a-002"], ["b-002"])
     with pytest.raises(InputError, match="1 file.s. are named by several rows: .*a-002.png"):
         look(root, listed)
@@ -297,6 +302,8 @@ def test_hospitals_by_stain_are_told_by_their_mean_red(capsys):
     assert [share.tolist() for share in shares] == [[0, 2], [3]]
     assert capsys.readouterr().out == (
         "mean red of the hospitals 30.0, 51.0; of the classes 20.5, 60.5\n")
+    with pytest.raises(InputError, match="stain: no class has images for 9 clients"):
+        parts.make_clients(settled(images, partition="stain", clients=9), images, split)
 
 
 def test_the_parts_that_are_not_given(known, capsys):
@@ -312,6 +319,8 @@ def test_the_parts_that_are_not_given(known, capsys):
     split = splits.given(words, labels, 42, groups)
     assert {groups[i] for i in split["val"]}.isdisjoint(groups[i] for i in split["train"])
     assert len(split["val"]) == 2 and "whole groups" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no val part is given, and no patient or group is small"):
+        splits.given(words, labels, 42, ["one"] * 24)
     with pytest.raises(InputError, match="no test part; give one, or name another split"):
         splits.given(np.array(["train"] * 24), labels, 42)
     both = splits.given(np.array(["train"] * 20 + ["val+test"] * 3 + ["dropped"]), labels, 42)

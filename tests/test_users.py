@@ -1,7 +1,9 @@
 """What users do to runs: move data, start twice, close the terminal, bring few images."""
 
+import checks
 from checks import InputError
 
+import errno
 import json
 import os
 import shutil
@@ -178,6 +180,22 @@ def test_a_closed_pipe_does_not_end_the_work(tree, tmp_path):
                           capture_output=True, text=True, check=False)
     assert (tmp_path / "code").read_text() == "0\n" and done.stderr == ""
     assert (out / "results.json").exists()
+
+
+def test_a_terminal_that_is_gone_takes_nothing_and_ends_nothing(tmp_path):
+    class Gone:
+        def __init__(self, number):
+            self.number = number
+
+        def write(self, text):
+            raise OSError(self.number, "gone")
+
+        def fileno(self):
+            return file.fileno()
+    with open(tmp_path / "x", "w") as file:
+        assert checks.Quiet(Gone(errno.EIO)).write("text") == 4
+        with pytest.raises(OSError):  # a full disk is no closed terminal
+            checks.Quiet(Gone(errno.ENOSPC)).write("text")
 
 
 def test_threads_that_wait_otherwise_give_the_same_bytes(short, tree, tmp_path):
