@@ -29,8 +29,8 @@ from reporting.pages import markdown, write_page
 from reporting.terminal import show
 
 FOLDS = 5
-CAUTION = ("Both intervals assume more independence than 37 images a patient allow: images of one "
-           "patient are alike even where no two of them overlap.")
+CAUTION = ("Images of one patient are alike even where no two of them overlap: unless the groups "
+           "are patients, both intervals assume more independence than there is.")
 
 
 # ---- data -------------------------------------------------------------------------------------
@@ -182,13 +182,11 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
     return out
 
 
-def read_groups(listed: table.Table | None, images: data.Images) -> np.ndarray:
-    """int [n]: the patients or groups of a run's images, from a table; without one their
-    duplicate groups."""
-    if listed is None:
-        return duplicates.find_groups(images)[0]
-    files = [Path(path) for path in images.paths]
-    rows = table.match(listed, files, [Path()])
+def read_groups(listed: table.Table, images: data.Images) -> np.ndarray:
+    """int [n]: the patients or groups of a run's images, from a table. It may name others, too."""
+    root = images.root or Path()  # drawn smears have none
+    files = [root / path for path in images.paths]
+    rows = table.match(listed, files, [root, *root.parents], others=True)
     units = [splits.numbered(np.array([rows.get(i, {}).get(unit, "") for i in range(len(files))]))
              for unit in UNITS if unit in listed.columns]
     if not units:
@@ -202,12 +200,13 @@ def read_groups(listed: table.Table | None, images: data.Images) -> np.ndarray:
 def audit_run(args: argparse.Namespace) -> None:
     """A trained network against the probes, on its own test part."""
     folder = Path(args.run)
-    run, images = finished.load_images(folder, args.data, args.cache)
-    if run["arguments"].get("bn") == "local":
+    if run_folder.read_run(folder)["arguments"].get("bn") == "local":
         raise InputError(f"{folder}: every client has its own BatchNorm; one network is audited")
-    test = finished.read_predictions(folder)
     trained = inference.load(folder, models.pick_device(args.device))
-    groups = read_groups(table.chosen(args), images)
+    run, images = finished.load_images(folder, args.data, args.cache)
+    test, listed = finished.read_predictions(folder), table.chosen(args)
+    groups = read_groups(listed, images) if listed else privacy.picture_groups(
+        finished.read_arguments(folder, args.data, args.cache), images)
     split = tables.read_split(folder, images)[0]
     place = {path: i for i, path in enumerate(test.paths)}
     rows = [place[images.paths[i]] for i in split["test"]]
@@ -281,7 +280,8 @@ def audit_privacy(args: argparse.Namespace) -> None:
     folder, listed = Path(args.run), table.chosen(args)
     case = privacy.prepare(folder, args.alone, args.replay > 0, args.data, args.device, args.cache)
     groups = None if case.run is None else (
-        read_groups(listed, case.run.images) if listed else privacy.picture_groups(case))
+        read_groups(listed, case.run.images) if listed else privacy.picture_groups(
+            case.args, case.run.images))
     result = privacy.measure(case, groups)
     with run_folder.made(None, str(folder / "privacy")) as out:
         run_folder.write_json(out / "privacy.json", result)

@@ -27,7 +27,7 @@ PAPER = [("FedAvg + ResNet50", 323, 325, (0.9939, 0.9938, 0.9938), 0.9999),
          ("ResNet50 (centralised)", 641, 652, (0.98, 0.98, 0.98), None),
          ("VGG16", 635, 652, (0.97, 0.97, 0.97), None),
          ("EfficientNet-B0", 628, 652, (0.96, 0.96, 0.96), None)]
-WHERE = ("seed", "like", "device")  # arguments that make no other configuration
+WHERE = ("seed", "like", "device", "data")  # arguments that make no other configuration
 HEADER = ["run", "runs", "n", "accuracy", "macro P / R / F1", "weighted P / R / F1", "kappa", "AUC",
           "images seen", "seconds"]
 
@@ -53,8 +53,9 @@ class Run:
         return self.results["fingerprint"], tuple(self.test.paths)
 
 
-def load(folder: Path, label: str | None = None) -> list[Run]:
-    """The runs that a folder stands for. InputError for no run, or one without predictions."""
+def load(folder: Path, label: str | None = None, owned: list | None = None) -> list[Run]:
+    """The runs that a folder stands for. InputError for no run, or one without predictions.
+    owned: of a hospital alone, what says how the images were dealt."""
     run = run_folder.read_run(folder)
     arguments = run["arguments"]
     if label is None:
@@ -67,9 +68,10 @@ def load(folder: Path, label: str | None = None) -> list[Run]:
         raise InputError(f"{folder}: the run is not complete, it has no results.json")
     results = run_folder.read_json(folder / "results.json")
     if arguments.get("local_only") and "members" in results and "best" not in results:
+        owned = [[m["train"], finished.split_rows(folder / m["name"])] for m in results["members"]]
         return [r for m in results["members"]
-                for r in load(folder / m["name"], f"{label}, one client alone")]
-    configuration = json.dumps([run["script"], {k: v for k, v in sorted(arguments.items())
+                for r in load(folder / m["name"], f"{label}, one client alone", owned)]
+    configuration = json.dumps([run["script"], owned, {k: v for k, v in sorted(arguments.items())
                                                 if k not in WHERE}])
     site = folder.name if run.get("part_of") else ""
     test = finished.read_predictions(folder)
@@ -82,7 +84,8 @@ def group(several: Iterable[Run]) -> dict[str, list[Run]]:
     groups: dict[tuple, list[Run]] = {}
     for run in several:
         repeat = 0  # the same configuration, seed and site twice: two rows
-        while any((r.seed, r.site) == (run.seed, run.site)
+        while any(r.seed == run.seed and (
+                r.site == run.site or r.folder.parent != run.folder.parent)
                   for r in groups.get((run.configuration, run.images(), repeat), [])):
             repeat += 1
         groups.setdefault((run.configuration, run.images(), repeat), []).append(run)
@@ -204,16 +207,17 @@ def page(rows: dict[str, dict], tests: list[dict]) -> str:
 
 def curves(run: Run) -> dict[str, np.ndarray]:
     """Images passed in training, and validation loss and accuracy, after each round or epoch that
-    validated: float [n] each. Of folds, the mean over them, as far as all of them went."""
+    validated: float [n] each. Of folds, the mean over them, as far as all of them went. Empty for a
+    hospital with images of its own, whose history is the server's."""
     folders = sorted(run.folder.glob("fold*/history.jsonl")) or [run.folder / "history.jsonl"]
     several = []
-    for path in folders:
+    for path in filter(Path.exists, folders):
         history = finished.read_history(path.parent)
         passed = np.cumsum([r["images"] for r in history])
         several.append(np.array([[n, r["val_loss"], r["val_accuracy"]] for n, r in
                                  zip(passed, history, strict=True) if r["val_loss"] is not None]))
-    length = min(map(len, several))
-    means = np.mean([each[:length] for each in several], 0).reshape(length, 3)
+    length = min(map(len, several), default=0)
+    means = np.mean([each[:length] for each in several] or [[]], 0).reshape(length, 3)
     return dict(zip(("images", "loss", "accuracy"), means.T, strict=True))
 
 

@@ -68,7 +68,11 @@ def prepare(args: argparse.Namespace) -> tuple[experiment.Experiment, Parts, lis
         raise InputError("train_central.py runs in one process, not under torchrun")
     if args.local_only and args.like is None:
         raise InputError("--local-only needs --like RUN, the federated run whose clients train")
-    recorded = {} if args.like is None else run_folder.read_run(Path(args.like))["arguments"]
+    if args.period > args.epochs:
+        raise InputError(f"--period {args.period} is more than --epochs {args.epochs}: there would "
+                         "be no validation")
+    recorded = {} if args.like is None or knows_itself(args) else run_folder.read_run(
+        Path(args.like))["arguments"]
     if recorded and args.folds != recorded.get("folds", 1):
         raise InputError(f"--like {args.like}: --folds is {recorded.get('folds', 1)} there")
     with job.preparing(args) as facts:
@@ -99,11 +103,17 @@ def say_differences(args: argparse.Namespace, recorded: dict) -> None:
                  f"{args.like}")
 
 
+def knows_itself(args: argparse.Namespace) -> bool:
+    """Whether the run is resumed, and its own split.csv says all that --like was needed for."""
+    return args.resume is not None and args.folds == 1 and (
+        Path(args.resume) / "split.csv").exists()
+
+
 def like_clients(args: argparse.Namespace, folder: Path, images: data.Images,
                  split: splits.Split) -> tuple[list[np.ndarray], list[str]]:
     """The clients of the run to be like (or of its fold), and their names. A new run must have its
     images and its very split; one that is resumed knows both itself."""
-    if args.resume is not None and (Path(args.resume) / "split.csv").exists() and args.folds == 1:
+    if knows_itself(args):
         return tables.read_split(Path(args.resume), images)[1:]
     run_folder.check_images(folder, images)
     there, clients, names = tables.read_split(folder, images)

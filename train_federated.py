@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bn", choices=("average", "recalibrate", "freeze", "local"), default="average",
         help="BatchNorm under averaging; local is FedBN (default average)")
     add = parser.add_argument_group("torchrun").add_argument
-    add("--timeout", type=number(0, open_low=True), default=1800.0,
+    add("--timeout", type=number(0, 1e9, open_low=True), default=1800.0,
         help="seconds that a process waits for another (default 1800)")
     add("--site-data", nargs="+", metavar="NAME=DIR", help="instead of --data: every process is a "
         "hospital that reads its own folder; one NAME=DIR for each process of this machine")

@@ -147,16 +147,15 @@ def check_alone(folder: Path, case: Case) -> dict[str, list[Path]]:
     return parts
 
 
-def picture_groups(case: Case) -> np.ndarray:
-    """int [N]: duplicate groups of the run's images, as `audit.py data` finds them, at the size for
+def picture_groups(args: argparse.Namespace, images: data.Images) -> np.ndarray:
+    """int [N]: duplicate groups of a run's images, as `audit.py data` finds them, at the size for
     which its thresholds were measured. Drawn smears are independent of each other by construction,
     and too alike for those thresholds: of them only identical ones are a group."""
-    images = case.run.images
-    if case.args.data is None:
+    if args.data is None:
         return duplicates.group(len(images.paths), duplicates.exact_pairs(images.digests))
-    if case.args.image_size != GROUPED_AT or case.args.remove:
+    if args.image_size != GROUPED_AT or args.remove:
         images = data.load(argparse.Namespace(
-            **vars(case.args) | {"image_size": GROUPED_AT, "remove": []}))
+            **vars(args) | {"image_size": GROUPED_AT, "remove": []}))
     return duplicates.find_groups(images)[0]
 
 

@@ -57,9 +57,9 @@ def header(images: Images) -> np.ndarray:
             dpi = info.get("dpi", (0, 0))
             rows.append([(images.root / path).stat().st_size, *image.size, len(image.getbands()),
                          len(tables), *(np.mean(tables[k]) if k in tables else 0 for k in (0, 1)),
-                         info.get("progressive", 0), float(dpi[0]), len(info.get("exif", b"")),
-                         len(info.get("icc_profile", b""))])
-    return np.array(rows, dtype=np.float64)
+                         info.get("progressive", 0), float(dpi[0]),
+                         *(len(info.get(key) or b"") for key in ("exif", "icc_profile"))])
+    return np.nan_to_num(np.array(rows, dtype=np.float64))  # a resolution of 0/0 is none
 
 
 def features(images: Images) -> dict[str, np.ndarray]:

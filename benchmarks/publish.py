@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from checks import InputError, guard, make_parser
 
 import json
+import re
 import shutil
 
 NAMING = ("run.json", "privacy/privacy.json")  # these hold paths of the machine
@@ -28,7 +29,8 @@ def without_paths(value):
         return [without_paths(x) for x in value]
     if isinstance(value, str) and "/" in value:
         name, equals, path = value.rpartition("=")
-        return name + equals + Path(path).name if Path(path).is_absolute() else value
+        return name + equals + Path(path).name if Path(path).is_absolute() else re.sub(
+            r"(?<!\S)/\S*/", "", value)  # in a sentence
     return value
 
 

@@ -123,8 +123,8 @@ def both_sides(images: Images, several: list[splits.Split]) -> list[str]:
     same split. None where there are none, or where they are not known."""
     lines = []
     for unit, numbers in images.units().items():
-        shared = sum(len(np.intersect1d(numbers[s["train"]], numbers[s["test"]])) for s in several)
-        if shared:
+        if shared := len({unit for s in several for unit in
+                          np.intersect1d(numbers[s["train"]], numbers[s["test"]]).tolist()}):
             lines.append(f"{shared} {unit}(s) have images in the training part and in the test part"
                          f", so that the test figures are not those of new {unit}s")
     return lines

@@ -158,7 +158,7 @@ def pool_folds(folder: Path, images: Images, several: dict[str, list[Split]],
                        for key in metrics.FIGURES}
     drawn = None
     indices = np.concatenate([s["test"] for each in several.values() for s in each])
-    if len(set(indices.tolist())) == len(indices):
+    if not titles and len(set(indices.tolist())) == len(indices):
         parts = [finished.read_predictions(folder / name) for name in several]
         rows = {path: x for part in parts for path, x in zip(part.paths, part.logits, strict=True)}
         indices = np.sort(indices)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import script, toy_images, train, write_tree
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from PIL.TiffImagePlugin import IFDRational
 
 import audit
 import data
@@ -190,6 +191,14 @@ def test_a_header_is_eleven_numbers(tmp_path):
     assert rows[1] == [sizes[1], 8, 9, 1, 1, 2, 0, 0, 72, 0, 0]
     assert rows[2][:8] == [sizes[2], 6, 4, 3, 2, 2, 4, 1]
     assert rows[2][9] == len(exif.tobytes()) and rows[2][10] == 20
+    # a resolution of 0/0, and a colour profile that is broken
+    images.paths, info = ["odd.tif", "odd.png"], PngImagePlugin.PngInfo()
+    Image.new("L", (8, 9)).save(tmp_path / "odd.tif", tiffinfo={282: IFDRational(0, 0),
+                                                                283: IFDRational(0, 0), 296: 2})
+    info.add(b"iCCP", b"name\0\0no zlib stream")
+    Image.new("L", (8, 9)).save(tmp_path / "odd.png", pnginfo=info)
+    rows = probes.header(images)
+    assert np.isfinite(rows).all() and rows[0, 8] == rows[1, 10] == 0
 
 
 def test_a_probe_is_scored_over_the_test_parts_of_all_folds():

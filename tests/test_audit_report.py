@@ -170,6 +170,8 @@ def test_groups_are_those_of_the_table_which_must_name_every_image():
     assert groups(rows, "group") == [0, 1, 2, 1, 4]
     with pytest.raises(InputError, match="t.csv: has neither a column patient nor a column group"):
         groups(rows, "label")
+    rows["another.png"] = {"patient": "Z", "group": "9"}  # a table may know more than the run used
+    assert groups(rows, "patient") == [0, 1, 0, 3, 4]
     del rows[images.paths[3]]
     with pytest.raises(InputError, match=r"t.csv: 1 image\(s\) of .* not in it: c0/003.png"):
         groups(rows, "patient")

@@ -4,6 +4,7 @@ from checks import InputError
 
 import csv
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,9 +113,10 @@ def test_the_same_run_twice_is_two_rows_and_an_other_model_is_no_seed(tmp_path, 
 def test_a_run_of_clients_alone_stands_for_each_of_them(tmp_path):
     whole = make_run(tmp_path / "x-seeds0-2", {0}, local_only=True)
     results = json.loads((whole / "results.json").read_text())
-    results["members"] = [{"name": name} for name in ("client0", "client1")]
+    results["members"] = [{"name": name, "train": 9} for name in ("client0", "client1")]
     for name in ("client0", "client1"):
         make_run(whole / name, {1}, part_of="x", local_only=True)
+        (whole / name / "split.csv").write_text("path,split\nx,train\n")
     (whole / "results.json").write_text(json.dumps(results))
     (pooled,) = compare.load(whole)  # with test parts of their own: pooled, as folds are
     assert (pooled.label, pooled.site) == ("x", "")
@@ -125,6 +127,16 @@ def test_a_run_of_clients_alone_stands_for_each_of_them(tmp_path):
     assert {r.label for r in several} == {"x, one client alone"}
     ((label, members),) = compare.group(several).items()  # one configuration, one row
     assert (label, len(members)) == ("x, one client alone", 2)
+    # of hospitals that own other images, none joins that row, whatever its seed
+    other = shutil.copytree(whole, tmp_path / "other")
+    (other / "client0" / "split.csv").write_text("path,split\ny,train\n")
+    assert [len(m) for m in compare.group([*several, *compare.load(other)]).values()] == [2, 2]
+    third = results["members"] + [{"name": "client2", "train": 9}]  # of the same images, the third
+    make_run(other / "client2", {1}, part_of="x", local_only=True)
+    for name in ("client0", "client2"):
+        (other / name / "split.csv").write_text("path,split\nx,train\n")
+    (other / "results.json").write_text(json.dumps(results | {"members": third}))
+    assert [len(m) for m in compare.group([*several, *compare.load(other)]).values()] == [2, 3]
 
 
 def test_colour_alone_is_one_row_for_each_training_and_test_part(tmp_path):
@@ -230,6 +242,8 @@ def test_curves_are_over_the_images_passed_and_of_folds_a_mean_as_far_as_all_wen
         "images": [12], "loss": [3.0], "accuracy": [0.375]}
     never = compare.curves(write_history(tmp_path / "never", (10, None, None)))
     assert {k: len(v) for k, v in never.items()} == {"images": 0, "loss": 0, "accuracy": 0}
+    hospital = compare.curves(SimpleNamespace(folder=tmp_path / "absent"))  # the server has it
+    assert {k: len(v) for k, v in hospital.items()} == {"images": 0, "loss": 0, "accuracy": 0}
 
 
 @pytest.fixture

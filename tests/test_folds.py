@@ -222,12 +222,14 @@ def test_a_published_run_is_compared_like_the_run_itself(federated, tmp_path):
     publish = runpy.run_path(str(ROOT / "benchmarks" / "publish.py"))["publish"]
     audited = shutil.copytree(federated, tmp_path / "run")
     (audited / "privacy").mkdir()
-    (audited / "privacy" / "privacy.json").write_text('{"run": "/tmp/place/run"}')
+    (audited / "privacy" / "privacy.json").write_text(
+        '{"run": "/tmp/place/run", "why": "python x.py --like /tmp/place/run --a b/c"}')
     for run, name in ((audited, "one"), (federated, "two")):
         publish(run, tmp_path / name)
     files = {p.name for p in (tmp_path / "two").rglob("*") if p.is_file()}
     assert files == {"run.json", "results.json", "history.jsonl", "split.csv", "predictions.csv"}
-    assert (tmp_path / "one" / "privacy" / "privacy.json").read_text() == '{"run": "run"}\n'
+    assert (tmp_path / "one" / "privacy" / "privacy.json").read_text() == (
+        '{"run": "run", "why": "python x.py --like run --a b/c"}\n')
     check_published(tmp_path / "one")
     compare.main([str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "c")])
     table = json.loads((tmp_path / "c" / "comparison.json").read_text())

@@ -446,10 +446,10 @@ def test_duplicates_are_grouped_as_the_audit_of_the_data_groups_them(tmp_path):
     small = [*MEMORY, "--rounds", "1", "--local-epochs", "1", "--clients", "2"]
     train_federated.main(["--data", str(tree), *small, "--out", str(tmp_path / "run")])
     case = privacy.prepare(tmp_path / "run", None, replay=False)
-    groups, paths = privacy.picture_groups(case), case.run.images.paths
+    groups, paths = privacy.picture_groups(case.args, case.run.images), case.run.images.paths
     assert len(set(groups)) == 40
     assert all(groups[paths.index(f"a/again-{i}.png")] == groups[paths.index(f"a/a-00{i + 1}.png")]
                for i in range(3))
     train_federated.main([*small, "--out", str(tmp_path / "drawn")])
     case = privacy.prepare(tmp_path / "drawn", None, replay=False)
-    assert privacy.picture_groups(case).tolist() == list(range(320))
+    assert privacy.picture_groups(case.args, case.run.images).tolist() == list(range(320))

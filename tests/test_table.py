@@ -108,6 +108,19 @@ def test_a_path_is_also_tried_as_a_name_where_one_file_fits(tmp_path, capsys):
         look(root, listed)
 
 
+def test_paths_may_begin_at_the_class_folders_inside_a_wrapping_one(tmp_path):
+    root = tmp_path / "set"
+    for name in "AB":
+        write_tree(root / "Original", {name: 2}, 8)
+        for file in (root / "Original" / name).iterdir():
+            file.rename(file.with_name(file.name[2:]))  # the same names in both
+    listed = put(tmp_path / "split.csv", ["path", "label", "split"], *(
+        [f"{name}/00{i}.png", name, "train"] for name in "AB" for i in (1, 2)))
+    images = look(root, listed)
+    assert images.paths == ["A/001.png", "A/002.png", "B/001.png", "B/002.png"]
+    assert images.labels.tolist() == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize("header, rows, message", [
     (["label"], [["a"]], "no column path; its headings are label"),
     (["path", "split"], [["a/a-001.png", "train"], ["a/a-002.png", "fit"]],
@@ -274,8 +287,8 @@ def test_twins_and_patients_on_both_sides_are_counted(capsys):
         "3 of 3 test images")
     assert printed.err == ("WARNING: 1 patient(s) have images in the training part and in the test "
                            "part, so that the test figures are not those of new patients\n")
-    # over several splits each is counted anew
-    assert "2 patient(s)" in parts.both_sides(images, [split, split])[0]
+    # over several splits each is counted once
+    assert "1 patient(s)" in parts.both_sides(images, [split, split])[0]
     images.known["split"][[0, 8]] = "dropped"  # the only ones of class 0 in training
     with pytest.raises(InputError, match="class c0 is too small for the given split"):
         parts.make_split(settled(images, split="given"), images)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, SMALL, equal, history, kill, same_run, script, toy_images, train
 
+import compare
 import fedavg
 import models
 import train_central
@@ -112,7 +113,20 @@ def test_like_copies_split_network_seed_recipe_and_budget(tree, tmp_path):
     (fed / "split.csv").write_text(changed)
     with pytest.raises(InputError, match="do not give its split"):
         train_central.main(["--like", str(fed), "--out", str(tmp_path / "other")])
+    fed.rename(tmp_path / "away")
+    (tmp_path / "central" / "report.md").unlink()
     train_central.main(["--resume", str(tmp_path / "central")])  # needs the other run no more
+    assert (tmp_path / "central" / "report.md").exists()
+    with pytest.raises(InputError, match="--period 3 is more than --epochs 2"):
+        central(tree, tmp_path / "never", "--folds", 1, "--epochs", 2, "--period", 3)
+
+
+@pytest.mark.parametrize("folds", [1, 2])
+def test_the_only_hospital_alone_is_no_cross_validation(tree, tmp_path, folds):
+    fed = train(tree, tmp_path / "fed", "--clients", 1, "--rounds", 1, "--folds", folds)
+    out = alone(fed, tmp_path / "alone")
+    assert "best" not in load(out) and [m["name"] for m in load(out)["members"]] == ["client0"]
+    assert [run.site for run in compare.load(out)] == ["client0"]
 
 
 def test_the_schedule_steps_at_validations(tree, tmp_path, monkeypatch, capsys):
@@ -314,7 +328,8 @@ def test_help_names_every_group():
 def test_a_run_made_before_folds_is_like_one_split(monkeypatch):
     recorded = {"rounds": 3, "local_epochs": 2, "bn": "average", "seed": 5}
     monkeypatch.setattr(run_folder, "read_run", lambda folder: {"arguments": recorded})
-    args = argparse.Namespace(like="old", seed=0, folds=5, epochs=40, bn="train", period=1)
+    args = argparse.Namespace(like="old", seed=0, folds=5, epochs=40, bn="train", period=1,
+                              resume=None)
     assert train_central.defaults(args) == {"folds": 1, "seed": 5, "bn": "train", "epochs": 6,
                                             "period": 2}
     monkeypatch.setattr(train_central.experiment, "prepare", lambda *a: 1 / 0)

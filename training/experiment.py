@@ -43,6 +43,8 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
     recipe = make_recipe(args, device)
     sketch = models.build(args.model, 2)  # what does not fit is refused before any image is read
     models.freeze(sketch, args.train_from, batchnorm=args.bn == "freeze")
+    if args.bn == "recalibrate" and args.train_from:
+        raise InputError("--bn recalibrate would change what --train-from freezes")
     models.check_size(sketch, args.image_size, args.batch_size)
     if args.weights not in ("none", "imagenet"):
         models.read_file(args.weights)
@@ -60,8 +62,7 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
     model = models.build(args.model, len(images.classes), args.weights, args.seed, images.classes)
     models.freeze(model, args.train_from, batchnorm=args.bn == "freeze")
     if models.needs_batch(model) and any(1 in map(len, dealt) for dealt in clients.values()):
-        raise InputError("a client owns one image only, too few for BatchNorm: fewer clients, or "
-                         "another --partition")
+        raise InputError("a client owns one image only, too few for BatchNorm: try fewer clients")
     if job.folder is not None and (job.folder / "run.json").exists():
         run_folder.check_images(job.folder, images)
     facts |= {"the class list": images.classes, "the precision of --amp": recipe.amp_dtype}
