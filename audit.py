@@ -12,6 +12,7 @@ from checks import InputError, guard, integer, make_parser, strict
 
 import argparse
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,9 @@ from reporting.pages import markdown, write_page
 from reporting.terminal import show
 
 FOLDS = 5
-CAUTION = ("Images of one patient are alike even where no two of them overlap: unless the groups "
-           "are patients, both intervals assume more independence than there is.")
+CAUTION = ("Wilson's intervals take images as independent. That by groups takes groups as "
+           "independent, which is too much unless they are patients: images of one patient are "
+           "alike even where no two of them overlap.")
 
 
 # ---- data -------------------------------------------------------------------------------------
@@ -183,10 +185,14 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
 
 
 def read_groups(listed: table.Table, images: data.Images) -> np.ndarray:
-    """int [n]: the patients or groups of a run's images, from a table. It may name others, too."""
+    """int [n]: the patients or groups of a run's images, from a table, which may name others, too:
+    where it has paths of the run's own, these alone count."""
     root = images.root or Path()  # drawn smears have none
-    files = [root / path for path in images.paths]
-    rows = table.match(listed, files, [root, *root.parents], others=True)
+    files, places = [root / path for path in images.paths], [root, *root.parents]
+    known = set(files)
+    own = {path: row for path, row in listed.rows.items()
+           if any(place / path in known for place in places)}
+    rows = table.match(replace(listed, rows=own or listed.rows), files, places)
     units = [splits.numbered(np.array([rows.get(i, {}).get(unit, "") for i in range(len(files))]))
              for unit in UNITS if unit in listed.columns]
     if not units:

@@ -112,7 +112,7 @@ def guard(main: Callable[[], None]) -> None:
         sys.exit(130)
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         words = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", words):
+        if isinstance(error, RuntimeError) and not re.search("(of|allocate|enough) memory", words):
             raise
         if isinstance(error, MemoryError | RuntimeError):  # the latter are PyTorch's
             words = f"not enough memory ({words}); a smaller --batch-size or --image-size may do"

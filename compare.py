@@ -9,6 +9,7 @@ of its clients.
 
 from checks import InputError, guard, make_parser
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -68,7 +69,9 @@ def load(folder: Path, label: str | None = None, owned: list | None = None) -> l
         raise InputError(f"{folder}: the run is not complete, it has no results.json")
     results = run_folder.read_json(folder / "results.json")
     if arguments.get("local_only") and "members" in results and "best" not in results:
-        owned = [[m["train"], finished.split_rows(folder / m["name"])] for m in results["members"]]
+        owned = [m["train"] for m in results["members"]] + [
+            hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.glob("*/**/split.csv"))]
         return [r for m in results["members"]
                 for r in load(folder / m["name"], f"{label}, one client alone", owned)]
     configuration = json.dumps([run["script"], owned, {k: v for k, v in sorted(arguments.items())

@@ -159,7 +159,7 @@ def check(subject: Subject, found: dict, args: argparse.Namespace,
 
 
 def randomise(trained: inference.Trained, subjects: list[Subject], founds: list[dict],
-              args: argparse.Namespace, bar: tqdm) -> dict[str, list[list[float]]]:
+              args: argparse.Namespace, bar: tqdm) -> dict[str, list[list[float | None]]]:
     """Per method and stage the rank correlation of each subject's map with the original; LIME at
     the last stage alone."""
     fresh = models.build(trained.name, len(trained.classes), seed=1).state_dict()
@@ -225,7 +225,7 @@ def verdict_table(found: dict) -> str:
             + "\n\nFaithful: the interval of random − deletion area lies above 0 (the same cells, "
             "painted over in the order of the map or at random). Sensitive: the upper bound of the "
             "rank correlation with the map of the untrained network is below 0.5 (0 where that "
-            "map is flat).")
+            "map is flat; an image whose own map is flat does not count).")
 
 
 def safe(name: str) -> str:

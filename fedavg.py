@@ -9,7 +9,7 @@
 θ is a "state": a dictionary of tensors, as `state_dict()` returns it. No function here changes a
 state that it is given. `train_local` is the only training loop of the project: central training
 calls it too. Everything that a client draws at random comes from (seed, round, client, epoch).
-"The paper", its tables and eq. 3 are FedAvg-ResNet50, which this project implements.
+"The paper", with its tables and eq. 3, is FedAvg-ResNet50, which this project implements.
 """
 
 from checks import InputError, warn

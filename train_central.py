@@ -68,9 +68,7 @@ def prepare(args: argparse.Namespace) -> tuple[experiment.Experiment, Parts, lis
         raise InputError("train_central.py runs in one process, not under torchrun")
     if args.local_only and args.like is None:
         raise InputError("--local-only needs --like RUN, the federated run whose clients train")
-    if args.period > args.epochs:
-        raise InputError(f"--period {args.period} is more than --epochs {args.epochs}: there would "
-                         "be no validation")
+    args.period = min(args.period, args.epochs)  # at least the last epoch validates
     recorded = {} if args.like is None or knows_itself(args) else run_folder.read_run(
         Path(args.like))["arguments"]
     if recorded and args.folds != recorded.get("folds", 1):

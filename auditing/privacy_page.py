@@ -15,7 +15,8 @@ WHO = {"A1": "whoever holds the final model", "A2": "the other hospitals togethe
        "A3": "the server, from one round", "A4": "the server: whose image"}
 NULLS = {"controls": "controls", "placebo": "network before training", "nobody": "images of nobody"}
 LIMITS = """- An image is no patient. A split by image puts the images of a patient on both sides;
-  what tells a patient is then in both arms and cancels. For patients every figure is a lower bound.
+  what tells a patient is then in both arms and cancels. Of patients nothing is
+  measured; their risk may be larger.
 - These few attacks were chosen beforehand. Stronger ones may find more; LiRA needs tens of models.
 - The true rate of false alarms is exact for scores as they are. The median of each class, taken
   from the same non-members, makes it approximate.

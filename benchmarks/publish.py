@@ -30,7 +30,7 @@ def without_paths(value):
     if isinstance(value, str) and "/" in value:
         name, equals, path = value.rpartition("=")
         return name + equals + Path(path).name if Path(path).is_absolute() else re.sub(
-            r"(?<!\S)/\S*/", "", value)  # in a sentence
+            r"(?<![\w.])/[^\s'\"]*/", "", value)  # in a sentence
     return value
 
 

@@ -25,7 +25,7 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
 AHEAD = 2**24  # bytes of pixels that are decoded before the first of them must have been used
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
          "dev": "val", "test": "test", "testing": "test"}  # words for the parts of a given split
-if os.environ.get("MAX_IMAGE_PIXELS", "").isdecimal():
+with contextlib.suppress(KeyError, ValueError):  # not set, or no whole number
     Image.MAX_IMAGE_PIXELS = int(os.environ["MAX_IMAGE_PIXELS"])
 SERVICE = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information",
            "lost+found"}  # folders that file servers and operating systems make

@@ -166,9 +166,8 @@ def given(words: np.ndarray, labels: np.ndarray, seed: int, groups: list | None 
         if groups is None:
             split["train"], split["val"] = map(np.sort, _stratified(rest, labels, tenth or 1, seed))
         else:
-            split["val"], split["train"] = _take_groups(rest, groups, [tenth], seed)
-            if len(split["val"]) == 0:
-                raise InputError("no val part is given, and no patient or group is small enough")
+            smallest = np.unique(np.asarray(groups)[rest], return_counts=True)[1].min()
+            split["val"], split["train"] = _take_groups(rest, groups, [max(tenth, smallest)], seed)
         warn(f"note: the given split has no val part: {len(split['val'])} images of its training "
              f"part validate, {'stratified' if groups is None else 'whole groups'}")
     return split

@@ -114,11 +114,11 @@ def _find_columns(name: str, header: list[str], headings: list[str]) -> dict[str
     return {column: header.index(h) for column, h in wanted.items() if h in header}
 
 
-def match(table: Table, files: list[Path], places: list[Path], others=False) -> dict[int, dict]:
+def match(table: Table, files: list[Path], places: list[Path]) -> dict[int, dict[str, str]]:
     """The row of each file that the table names, by the file's number. A path is tried in each of
     the folders `places`; then as a file's name without folder, then without suffix, where exactly
-    one file fits (a note counts these). InputError for rows that fit several, one file, or none (of
-    which a table of `others`, too, may have some)."""
+    one file fits (a note counts these). InputError for a row that fits no file or several, and for
+    two rows that fit one file."""
     whole = {str(file): i for i, file in enumerate(files)}
     by_name, by_stem = defaultdict(list), defaultdict(list)
     for i, file in enumerate(files):
@@ -137,7 +137,7 @@ def match(table: Table, files: list[Path], places: list[Path], others=False) -> 
         found += fits[:1]
         none += [path] if not fits else []
         several += [f"{path} ({len(fits)} files)"] if len(fits) > 1 else []
-    if none and not others:
+    if none:
         raise table.wrong(f"path(s) are no image under {places[-1]}", none)
     if several:
         raise table.wrong("path(s) are no file, and as names fit several", several)
@@ -146,7 +146,7 @@ def match(table: Table, files: list[Path], places: list[Path], others=False) -> 
     if moved:
         warn(f"note: {table.name}: {len(moved)} path(s) are no file and were met by their name "
              f"alone, such as {moved[0]}")
-    return dict(zip(found, (table.rows[p] for p in table.rows if p not in none), strict=True))
+    return dict(zip(found, table.rows.values(), strict=True))
 
 
 def apply(table: Table, found: Found, skip_unlisted: bool, classes: list[str] | None) -> Found:

@@ -144,7 +144,7 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
 def pool_folds(folder: Path, images: Images, several: dict[str, list[Split]],
                titles: dict[str, str]) -> dict:
     """Results, curves and report of a run that consists of `several` runs, each in its own folder.
-    Means over them with sample standard deviation. Where their test parts are disjoint (folds),
+    Means over them with sample standard deviation. Of folds, whose test parts are disjoint,
     every image has one prediction made without it: those are pooled, with intervals. several: by
     folder the split of that run, or those of its own folds. titles: by folder a client's name."""
     members = {name: read_json(folder / name / "results.json") for name in several}

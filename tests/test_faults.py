@@ -99,6 +99,7 @@ def test_images_that_fill_the_memory_exactly_are_taken(monkeypatch):
 @pytest.mark.parametrize("error,words", [
     (MemoryError("Unable to allocate 8 GiB"), "not enough memory (Unable to allocate 8 GiB); a"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory (Default"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "not enough memory (Def"),
     (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory (CUDA out of memory.)")])
 def test_any_lack_of_memory_is_one_line(capsys, error, words):
     def main():

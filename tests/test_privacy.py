@@ -238,7 +238,7 @@ def test_the_replay_equals_the_history_and_the_report_begins_with_it(runs):
     assert found["parts"][""]["replay"] == {"equal": True, "by": 0.0, "differs": {}}
     page = (folder / "report.md").read_text("utf-8")
     assert page.startswith(f"{SAID} **yes**, by 0 (")
-    assert "lower bound" in page and "not resolvable below 1/40 = 0.0250" in page
+    assert "Of patients nothing is" in page and "not resolvable below 1/40 = 0.0250" in page
     assert {p.name for p in folder.iterdir()} == {"report.md", "privacy.json", "membership.png",
                                                   "server.png"}
     assert found["not_tried"] == {} and found["names"] == [f"client {k}" for k in range(4)]

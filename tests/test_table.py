@@ -332,8 +332,14 @@ def test_the_parts_that_are_not_given(known, capsys):
     split = splits.given(words, labels, 42, groups)
     assert {groups[i] for i in split["val"]}.isdisjoint(groups[i] for i in split["train"])
     assert len(split["val"]) == 2 and "whole groups" in capsys.readouterr().err
-    with pytest.raises(InputError, match="no val part is given, and no patient or group is small"):
-        splits.given(words, labels, 42, ["one"] * 24)
+    five = [str(i % 5) for i in range(24)]  # none is as small as a tenth: the smallest validates
+    split = splits.given(words, labels, 42, five)
+    assert len({five[i] for i in split["val"]}) == 1 and len(split["val"]) == min(
+        np.unique(np.array(five)[words == "train"], return_counts=True)[1])
+    images = toy_images(24, classes=2)
+    images.known = {"split": words, "patient": np.array(["one"] * 24)}
+    with pytest.raises(InputError, match="given split: the training part has none of it"):
+        parts.make_split(settled(images, split="given"), images)
     with pytest.raises(InputError, match="no test part; give one, or name another split"):
         splits.given(np.array(["train"] * 24), labels, 42)
     both = splits.given(np.array(["train"] * 20 + ["val+test"] * 3 + ["dropped"]), labels, 42)
