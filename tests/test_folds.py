@@ -269,7 +269,17 @@ def test_the_committed_comparison_of_folds_is_what_their_predictions_give(tmp_pa
         [3203, 3227, 3208])
 
 
-@pytest.mark.parametrize("name", ["alone-iid-10x5-seed0", "folds-alone"])
+def test_the_committed_comparison_of_seeds_is_what_their_predictions_give(tmp_path):
+    runs = [ROOT / "results" / f"{kind}-10x5-seed{seed}" for kind in ("fedavg-iid", "central")
+            for seed in range(3)]
+    compare.main([*map(str, runs), "--out", str(tmp_path / "c")])
+    told = json.loads((ROOT / "results" / "seeds-comparison.json").read_text())
+    assert told == json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert [sum(m[key] for m in told["tests"][0]["mcnemar"]) for key in ("a_only", "b_only")] == [
+        3, 2]
+
+
+@pytest.mark.parametrize("name", ["alone-iid-10x5-seed0", "alone-iid-10x5-seed1", "folds-alone"])
 def test_committed_hospitals_alone_have_the_mean_of_their_predictions(name):
     whole = ROOT / "results" / name
     values = []
