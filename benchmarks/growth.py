@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from checks import guard, integer, make_parser
+from checks import InputError, guard, integer, make_parser
 
 import json
 import resource
@@ -129,6 +129,8 @@ def main() -> None:
     add("--resnet-images", type=integer(0), default=64, help="for the ResNet50; 0 leaves it out")
     add("--out", metavar="PNG", default="runs/growth.png")
     args = parser.parse_args()
+    if 2 * max(args.clients) > 16 * args.base:
+        raise InputError(f"--clients {max(args.clients)}: more than half of 16 x --base images")
     network = args.model, args.image_size
     rows = {"images": [run(*network, args.base * k, 4, 32) for k in (1, 4, 16)],
             "clients": [run(*network, 16 * args.base, k, 4) for k in args.clients]}

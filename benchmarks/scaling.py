@@ -73,7 +73,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set(xlabel="clients", ylabel=key, xscale="log", ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 

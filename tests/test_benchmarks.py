@@ -1,5 +1,7 @@
 """The benchmarks run and their last line holds what it promises; timings are not asserted."""
 
+from checks import InputError
+
 import json
 import runpy
 import subprocess
@@ -109,6 +111,9 @@ def test_growth_prints_one_json_object_last_and_draws(capsys, monkeypatch, tmp_p
     assert out["time_many_clients_over_few"] == pytest.approx(
         out["clients"][1]["seconds"] / out["clients"][0]["seconds"])
     assert (tmp_path / "g.png").exists()
+    monkeypatch.setattr("sys.argv", ["growth.py", "--base", "8", "--clients", "4", "65"])
+    with pytest.raises(InputError, match="--clients 65: more than half of 16 x --base images"):
+        growth["main"]()
 
 
 def test_start_prints_one_json_object_last(capsys, monkeypatch):
