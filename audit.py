@@ -184,9 +184,13 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
     return out
 
 
-def read_groups(listed: table.Table, images: data.Images) -> np.ndarray:
+def read_groups(listed: table.Table | None, run_args: argparse.Namespace | None,
+                images: data.Images) -> np.ndarray:
     """int [n]: the patients or groups of a run's images, from a table, which may name others, too:
-    where it has paths of the run's own, these alone count."""
+    where it has paths of the run's own, these alone count. Without a table their duplicate groups;
+    run_args: the arguments that the run was made with."""
+    if listed is None:
+        return privacy.picture_groups(run_args, images)
     root = images.root or Path()  # drawn smears have none
     files, places = [root / path for path in images.paths], [root, *root.parents]
     known = set(files)
@@ -210,9 +214,9 @@ def audit_run(args: argparse.Namespace) -> None:
         raise InputError(f"{folder}: every client has its own BatchNorm; one network is audited")
     trained = inference.load(folder, models.pick_device(args.device))
     run, images = finished.load_images(folder, args.data, args.cache)
-    test, listed = finished.read_predictions(folder), table.chosen(args)
-    groups = read_groups(listed, images) if listed else privacy.picture_groups(
-        finished.read_arguments(folder, args.data, args.cache), images)
+    test = finished.read_predictions(folder)
+    groups = read_groups(table.chosen(args), finished.read_arguments(folder, args.data, args.cache),
+                         images)
     split = tables.read_split(folder, images)[0]
     place = {path: i for i, path in enumerate(test.paths)}
     rows = [place[images.paths[i]] for i in split["test"]]
@@ -285,9 +289,7 @@ def audit_privacy(args: argparse.Namespace) -> None:
     """What the final model, the other hospitals and the server tell of who was in training."""
     folder, listed = Path(args.run), table.chosen(args)
     case = privacy.prepare(folder, args.alone, args.replay > 0, args.data, args.device, args.cache)
-    groups = None if case.run is None else (
-        read_groups(listed, case.run.images) if listed else privacy.picture_groups(
-            case.args, case.run.images))
+    groups = None if case.run is None else read_groups(listed, case.args, case.run.images)
     result = privacy.measure(case, groups)
     with run_folder.made(None, str(folder / "privacy")) as out:
         run_folder.write_json(out / "privacy.json", result)

@@ -163,7 +163,8 @@ def test_groups_are_those_of_the_table_which_must_name_every_image():
     rows = dict(reversed(whole.items()))  # in any order
 
     def groups(rows, *columns):
-        found = audit.read_groups(table.Table("--table t.csv", ("path", *columns), rows), images)
+        found = audit.read_groups(table.Table("--table t.csv", ("path", *columns), rows), None,
+                                  images)
         return np.unique(found, return_index=True)[1][found].tolist()  # each by its first image
     assert groups(rows, "patient", "group") == [0, 1, 0, 1, 4]
     assert groups(rows, "patient") == [0, 1, 0, 3, 4]

@@ -3,6 +3,7 @@
 import checks  # noqa: F401 - before torch
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,3 +66,14 @@ def test_the_rate_falls_after_more_than_patience_bad_rounds_and_no_lower_than_it
 def test_figures_that_are_not_finite_are_null():
     assert evaluation.without_nan({"a": float("nan"), "b": float("inf"), "c": 1.5, "d": 3,
                                    "e": "x"}) == {"a": None, "b": None, "c": 1.5, "d": 3, "e": "x"}
+
+
+def test_a_tally_counts_what_is_right_and_sums_the_losses(monkeypatch):
+    """Of images of the classes 0, 1, 2 and 1 only the second is right; the others lie on either
+    side of their class."""
+    p = np.array([[0.25, 0.5, 0.25], [0.125, 0.75, 0.125], [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]])
+    measured = evaluation.Evaluation(None, SimpleNamespace(labels=torch.tensor([9, 0, 1, 2, 1])),
+                                     {"val": np.arange(1, 5)})
+    monkeypatch.setattr(measured, "logits", lambda part, state, local_bn: np.log(p))
+    n, correct, loss = measured.tally("val", {})
+    assert (n, correct) == (4, 1) and loss == pytest.approx(-np.log([0.25, 0.75, 0.25, 0.25]).sum())
