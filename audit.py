@@ -38,7 +38,8 @@ CAUTION = ("Wilson's intervals take images as independent. That by groups takes 
 # ---- data -------------------------------------------------------------------------------------
 
 def partners(images: data.Images, groups: np.ndarray) -> dict:
-    """For each split of data.py: test images with a partner (same group) in training."""
+    """For each split of data.py: test images with a partner in training, an image of the same group
+    (of near-duplicates, joined with the patients and groups that a table knows)."""
     out, labels = {}, images.labels.numpy()
     kinds = {kind: (kind, images.digests) for kind in splits.SPLITS}
     kinds["grouped, these groups"] = ("grouped", groups.tolist())
@@ -57,8 +58,14 @@ def partners(images: data.Images, groups: np.ndarray) -> dict:
     return out
 
 
+def first_of(groups: np.ndarray) -> np.ndarray:
+    """int [n]: for each image the number of the first image of its group."""
+    first, unit = np.unique(groups, return_index=True, return_inverse=True)[1:]
+    return first[unit]
+
+
 def probe_splits(images: data.Images, groups: np.ndarray) -> dict[str, list[splits.Split]]:
-    """The default split, and 5 grouped and 5 blocked folds where the classes are large enough."""
+    """The random split of seed 42; 5 grouped and 5 blocked folds where classes are large enough."""
     labels = images.labels.numpy()
     out = {"default": [splits.make_split("random", labels, 42)]}
     for kind in ("grouped", "blocked"):
@@ -104,12 +111,14 @@ def write_data_audit(args: argparse.Namespace, images: data.Images, folder: Path
     """audit.json, groups.csv, figures and report.md; returns what the first holds."""
     labels = images.labels.numpy()
     groups, counts, near = duplicates.find_groups(images)
+    groups = first_of(splits.joined([groups, *images.units().values()]))
     features = probes.features(images)
     several = probe_splits(images, groups)
     rows = {probe: {name: probes.score(x, labels, parts) for name, parts in several.items()}
             for probe, x in tqdm(features.items(), "probes", disable=None, leave=False)}
     result = {"data": images.name, "fingerprint": images.fingerprint(), "bad_files": images.bad,
-              "duplicates": counts, "test_images_with_partner": partners(images, groups),
+              "duplicates": counts, "joined_with": list(images.units()),
+              "test_images_with_partner": partners(images, groups),
               "probes": rows, "majority_class": float(np.bincount(labels).max() / len(labels)),
               "split_seeds": seed_distribution(features["colour statistics"], labels,
                                                args.split_seeds)}
@@ -143,10 +152,13 @@ def data_page(result: dict) -> list[str]:
          "alarms. Rotated, mirrored and rescaled copies are not looked for."),
         markdown(["split", "test images", "identical twin in training", "partner in training"],
                  split_rows),
-        "`groups.csv` is a table that `--table` of the trainers takes.",
+        ("Partner: an image of the same group of near-duplicates"
+         + "".join(f", or of the same {unit}" for unit in result["joined_with"])
+         + ". `groups.csv` holds these groups: a table that `--table` of the trainers takes."),
         "## Shortcut probes", (
             "RBF SVM (C = 10) on a few numbers an image, no network; accuracy with Wilson 95 % "
-            f"interval, folds pooled. Largest class: {result['majority_class']:.4f}."),
+            "interval; default is the random split with seed 42, folds are pooled and keep groups "
+            f"together. Largest class: {result['majority_class']:.4f}."),
         probe_table(result["probes"]),
         (f"Nearest neighbour on colour statistics over {seeds['seeds']} split seeds: "
          f"{seeds['mean']:.4f} ± {seeds['sd']:.4f} ({seeds['min']:.4f} to {seeds['max']:.4f}). "
@@ -187,10 +199,11 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
 def read_groups(listed: table.Table | None, run_args: argparse.Namespace | None,
                 images: data.Images) -> np.ndarray:
     """int [n]: the patients or groups of a run's images, from a table, which may name others, too:
-    where it has paths of the run's own, these alone count. Without a table their duplicate groups;
-    run_args: the arguments that the run was made with."""
+    where it has paths of the run's own, these alone count. Without a table their duplicate groups,
+    joined with what the run itself knew; run_args: the arguments that it was made with."""
     if listed is None:
-        return privacy.picture_groups(run_args, images)
+        found = privacy.picture_groups(run_args, images)
+        return splits.joined([found, *images.units().values()])
     root = images.root or Path()  # drawn smears have none
     files, places = [root / path for path in images.paths], [root, *root.parents]
     known = set(files)
@@ -228,7 +241,8 @@ def audit_run(args: argparse.Namespace) -> None:
         "interventions": list(trained.interventions), "n": len(labels),
         "accuracy": metrics.wilson(int(correct.sum()), len(labels)),
         "clustered": metrics.clustered(correct, groups[split["test"]]),
-        "groups": "groups of the table" if args.table else "duplicate groups",
+        "groups": "groups of the table" if args.table else " and ".join(
+            ["duplicate groups", *(f"{unit}s, joined" for unit in images.units())]),
         "groups_in_test": len(np.unique(groups[split["test"]])),
         "without_partner": metrics.wilson(int(correct[alone].sum()), int(alone.sum())),
         "with_partner": metrics.wilson(int(correct[~alone].sum()), int((~alone).sum())),
@@ -236,7 +250,7 @@ def audit_run(args: argparse.Namespace) -> None:
         "under_interventions": under_interventions(trained, images.pixels[split["test"]], labels,
                                                    correct),
         "ece": metrics.calibration_error(softmax(logits, axis=1), labels)}
-    result["called_benign"] = []
+    result["called_benign"] = None  # where nothing is known to be malignant or benign
     if metrics.is_binary(images.classes):
         benign = images.classes.index("Benign")
         missed = np.flatnonzero((logits.argmax(1) == benign) & (labels != benign))
@@ -257,7 +271,10 @@ def run_page(result: dict) -> list[str]:
     rows = [[name, show(p["accuracy"]), show(p["difference"]),
              f"{p['mcnemar']['a_only']} / {p['mcnemar']['b_only']}", f"{p['mcnemar']['p']:.2g}"]
             for name, p in result["probes"].items()]
-    missed = "\n".join(f"- {path}" for path in result["called_benign"]) or "none"
+    missed = []
+    if (paths := result["called_benign"]) is not None:
+        missed = ["## Malignant images called benign",
+                  "\n".join(f"- {path}" for path in paths) or "none"]
     return [
         f"# What {result['run']} learnt",
         (f"{loud}Best model, {result['n']} test images. Interventions in training: "
@@ -278,7 +295,7 @@ def run_page(result: dict) -> list[str]:
             ["intervention on the test images alone", "accuracy", "difference"],
             [[name, show(p["accuracy"]), show(p["difference"])]
              for name, p in result["under_interventions"].items()]),
-        "## Leukaemias called benign", missed,
+        *missed,
         "## Calibration", f"Expected calibration error {show(result['ece'])}.",
         "![reliability](reliability.png)"]
 

@@ -256,7 +256,7 @@ def describe(args: argparse.Namespace, images: Images) -> None:
     clients = parts.make_clients(args, images, split)
     rows = [("all", np.arange(len(images.paths))), *split.items(),
             *zip(images.titles(clients), clients, strict=True)]
-    width = max(map(len, images.classes)) + 2
+    width = max(map(len, [*images.classes, str(len(images.paths))])) + 2
     print(f"{'part':<12}{'images':>8}" + "".join(f"{c:>{width}}" for c in images.classes))
     for name, part in rows:
         print(f"{name:<12}{len(part):>8}"

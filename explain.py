@@ -70,33 +70,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # ---- which images -------------------------------------------------------------------------------
 
-def choose(test: finished.Predictions, per_class: int) -> dict[str, str]:
-    """Path → reason: of each class `per_class` test images, evenly spaced by path; all errors."""
+def choose(test: finished.Predictions, predicted: np.ndarray, per_class: int) -> dict[str, str]:
+    """Path → reason: of each class `per_class` test images, evenly spaced by path; all errors.
+    predicted: int [n], the class that the network says of each test image."""
     chosen = {}
     for c in range(len(test.classes)):
         members = np.flatnonzero(test.labels == c)
         count = min(per_class, len(members))
         for j in range(count):
             chosen[test.paths[members[(2 * j + 1) * len(members) // (2 * count)]]] = "rule"
-    for i in np.flatnonzero(test.logits.argmax(1) != test.labels):
+    for i in np.flatnonzero(predicted != test.labels):
         chosen.setdefault(test.paths[i], "misclassified")
     return chosen
 
 
 def of_the_run(folder: Path, trained: inference.Trained, per_class: int,
                place: str | None = None, cache: str | None = None) -> list[Subject]:
-    """Test images of the run. Refuses data that changed; warns where predictions.csv differs."""
+    """Test images of the run. Refuses data that changed; warns where predictions.csv differs, save
+    of a client's own network, which did not predict all of them."""
     test = finished.read_predictions(folder)
     images = finished.load_images(folder, place, cache)[1]
-    chosen, place = choose(test, per_class), {path: i for i, path in enumerate(images.paths)}
-    pixels = images.pixels[[place[path] for path in chosen]]
+    place = {path: i for i, path in enumerate(images.paths)}
+    pixels = images.pixels[[place[path] for path in test.paths]]
     p = inference.probabilities(trained, pixels)
-    written = np.exp(test.logits[[test.paths.index(path) for path in chosen]])
-    if np.abs(p - written).max() > TOLERANCE:
-        warn(f"WARNING: probabilities differ by {np.abs(p - written).max():.2g} from "
-             f"{folder}/predictions.csv: not the network that was evaluated")
-    return [Subject(path, x, int(images.labels[place[path]]), row, why)
-            for (path, why), x, row in zip(chosen.items(), pixels, p, strict=True)]
+    off = np.abs(p - np.exp(test.logits)).max()
+    if off > TOLERANCE and trained.client is None:
+        warn(f"WARNING: probabilities differ by {off:.2g} from {folder}/predictions.csv: not the "
+             "network that was evaluated")
+    chosen = choose(test, p.argmax(1), per_class)
+    rows = [test.paths.index(path) for path in chosen]
+    return [Subject(path, pixels[i], int(test.labels[i]), p[i], why)
+            for i, (path, why) in zip(rows, chosen.items(), strict=True)]
 
 
 def given(files: list[str], trained: inference.Trained) -> list[Subject]:
@@ -141,7 +145,8 @@ def explain(trained: inference.Trained, subject: Subject, args: argparse.Namespa
 
 def check(subject: Subject, found: dict, args: argparse.Namespace,
           classify: attribution.Classify, seed: int) -> dict[str, dict]:
-    """For each method, on the predicted class: deletion and random area, shares of the regions."""
+    """For each method, on the predicted class: deletion and random area, shares of the regions. A
+    flat map puts the cells in no order: it has no deletion area."""
     target = subject.targets()[0]
     corner = faithfulness.rectangle(subject.pixels.shape[1:], args.rectangle)
     bright = interventions.background(subject.pixels)
@@ -151,7 +156,8 @@ def check(subject: Subject, found: dict, args: argparse.Namespace,
         values = found["maps"][method, target]
         order = np.argsort(-faithfulness.cell_means(values), kind="stable")
         out[method] = {
-            "deletion_area": faithfulness.deletion_area(classify, subject.pixels, target, order),
+            "deletion_area": None if faithfulness.is_flat(values) else faithfulness.deletion_area(
+                classify, subject.pixels, target, order),
             "random_area": chance, "corner": faithfulness.share_inside(values, corner),
             "background": faithfulness.share_inside(values, bright)}
     out["lime"]["jaccard"] = faithfulness.jaccard([weights[target] for weights in found["lime"]])
@@ -195,7 +201,9 @@ def verdicts(checks: list[dict], correlations: dict, subjects: list[Subject],
            "stages": list(STAGES), "methods": {}}
     for method in METHODS:
         rows = [c[method] for c in checks]
-        gain = faithfulness.mean_interval([r["random_area"] - r["deletion_area"] for r in rows])
+        gain = faithfulness.mean_interval([
+            None if r["deletion_area"] is None else r["random_area"] - r["deletion_area"]
+            for r in rows])
         rho = [faithfulness.mean_interval(values) for values in correlations[method]]
         m = {"deletion_gain": gain, "faithful": gain["low"] is not None and gain["low"] > 0,
              "rank_correlation": rho,
@@ -256,6 +264,8 @@ def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject],
                  of_the_test: bool) -> None:
     """report.md in `out`; of test images, the verdicts in the run's own report.md too."""
     table = verdict_table(found)
+    if found.get("client") is not None:
+        table = f"The network of client {found['client']}. {table}"
     listed = "\n".join(f"- {s.path} ({s.chosen})" for s in subjects)
     drawn = "\n\n".join(f"![{p.stem}]({p.name})" for p in sorted(out.glob("*.png")))
     pages.write_page(out, [f"# Explanations of {folder.name}", table, "## Images", listed,
@@ -294,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
             correlations = randomise(trained, [subjects[i] for i in checked],
                                      [founds[i] for i in checked], args, bar)
         found = verdicts([checks[i] for i in checked], correlations,
-                         [subjects[i] for i in checked], args)
+                         [subjects[i] for i in checked], args) | {"client": trained.client}
         write_table(out, subjects, founds, checks, trained.classes)
         run_folder.write_json(out / "explanations.json", found)
         with report.decoration(f"{out}/explanations.json"):

@@ -84,6 +84,8 @@ def load_weights(name: str, weights: str, num_classes: int, classes: list[str] |
     content = read_file(weights)
     if "state" not in content:
         return content
+    if content.get("local_bn"):
+        raise InputError(f"--weights {weights}: made with --bn local, every client has its own")
     if content.get("model") != name:
         raise InputError(f"--weights {weights}: holds {content.get('model')}, not {name}")
     state = dict(content["state"])

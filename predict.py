@@ -14,6 +14,7 @@ import itertools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from tqdm import tqdm
 import data
 import models
 from dataset import interventions, table
-from dataset.files import CLASS_NAMES, decode_all, find_files
+from dataset.files import CLASS_NAMES, decode_all, find_files, say_passed
 from reporting import finished, inference, metrics, run_folder, tables, terminal
 
 MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
@@ -48,17 +49,21 @@ def add_arguments(parser) -> None:
 def find(paths: list[str]) -> list[tuple[Path, Path | None]]:
     """Every image with the given folder that it lies in (None for a file), in the order given.
     Raises InputError for a path that is not there, and where there is no image at all."""
-    found = []
+    found, passed = [], Counter()
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            found += [(file, path) for file in find_files(path, set())[0]]
+            files, others = find_files(path, set())
+            found += [(file, path) for file in files]
+            passed += others
         elif path.exists():
             found.append((path, None))
         else:
             raise InputError(f"{path}: no such file or folder")
     if not found:
-        raise InputError(f"no image in {' '.join(paths)}")
+        raise InputError(f"no image in {' '.join(paths)}; passed over {say_passed(passed)}")
+    if passed:
+        warn(f"note: passed over {say_passed(passed)}")
     return found
 
 

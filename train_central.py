@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--period", type=integer(1), default=1, help="epochs between validations (default 1)")
     add("--bn", choices=("train", "freeze"), default="train", help="BatchNorm layers")
     add("--like", metavar="RUN", help="one run with the split, network, seed, recipe and budget of "
-        "a federated run, validated every local-epochs epochs")
+        "a federated run (images passed), validated every local-epochs epochs")
     add("--local-only", action="store_true", help="with --like: each of its clients alone, for "
         "rounds x local-epochs epochs on its own images, scored on the common test part")
     parser.set_defaults(folds=5)
@@ -52,11 +52,14 @@ def defaults(args: argparse.Namespace) -> dict:
         recorded = run["arguments"]
         if "rounds" not in recorded or recorded.get("local_only"):
             raise InputError(f"--like {args.like}: a run of {run['script']}, not a federated one")
-        rounds, local_epochs = recorded["rounds"], recorded["local_epochs"]
+        local_epochs, clients = recorded["local_epochs"], recorded["clients"]
+        drawn = max(1, round(recorded["fraction"] * clients))  # clients of each round
+        share = 1 if args.local_only else drawn / clients  # of the images, that a round passes
+        epochs = max(1, round(recorded["rounds"] * local_epochs * share))
         shared = {key: value for key, value in recorded.items() if key in vars(args)}
         return {"folds": 1} | shared | {
             "bn": "freeze" if recorded["bn"] == "freeze" else "train",
-            "epochs": rounds * local_epochs, "period": local_epochs}
+            "epochs": epochs, "period": local_epochs}
     return {} if args.data else DEMONSTRATION | {"epochs": 20, "early_stop": 5}
 
 

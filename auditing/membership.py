@@ -181,27 +181,30 @@ def of_others(phi: np.ndarray) -> np.ndarray:
 
 def controls(phi: np.ndarray, hospitals: list[int], sides: Sides) -> dict:
     """Attacks with a known answer of 0.5: the images of hospital k as members, the model of j ≠ k
-    as target, the models of the rest as reference. phi: float [K, n], a row a hospital's model."""
+    as target, the models of the rest as reference. One by one and not pooled: over the targets j
+    the scores of an image add up to 0, so that a pooled AUC would be near 0.5 whatever happened.
+    phi: float [K, n], a row a hospital's model."""
     pairs = [(j, k) for k in range(len(phi)) for j in range(len(phi)) if j != k]
     scores = []
     for pair in pairs:
         rest = [i for i in range(len(phi)) if i not in pair]
         scores.append(phi[pair[0]] - (phi[rest].mean(0) if rest else 0))
     members, outside = sides.members([hospitals[k] for _, k in pairs]), sides.outside
-    each = [{"model": hospitals[j], "images": hospitals[k],
-             **attack(score[None], member[None], outside, sides)}
-            for (j, k), score, member in zip(pairs, scores, members, strict=True)]
-    return {**attack(np.stack(scores), members, outside, sides), "each": each}
+    return {"each": [{"model": hospitals[j], "images": hospitals[k],
+                      **attack(score[None], member[None], outside, sides)}
+                     for (j, k), score, member in zip(pairs, scores, members, strict=True)]}
 
 
 def of_nobody(scores: np.ndarray, sides: Sides, seed: int = 0) -> dict:
-    """The attack with half of the test images in the members' place: images of no hospital, hence
-    0.5. Whole groups go to one half, within their class. scores: float [K, n]."""
+    """The attack on each hospital with half of the test images in the members' place: images of no
+    hospital, hence 0.5. Whole groups go to one half, within their class. Not pooled, for the same
+    reason as `controls`. scores: float [K, n]."""
     rng, half = np.random.default_rng(seed), np.zeros(len(sides.labels), dtype=bool)
     for c in np.unique(sides.labels):
         here = sides.outside & (sides.labels == c)
         half |= here & np.isin(sides.groups, rng.permutation(np.unique(sides.groups[here]))[::2])
-    return attack(scores, np.broadcast_to(half, scores.shape), sides.outside & ~half, sides)
+    return {"each": [attack(score[None], half[None], sides.outside & ~half, sides)
+                     for score in scores]}
 
 
 def sources(phi: np.ndarray, hospitals: list[int], sides: Sides, seed: int = 0) -> dict:

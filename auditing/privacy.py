@@ -99,10 +99,16 @@ def prepare(folder: Path, alone: str | None, replay: bool, place: str | None = N
     try:
         case.run = experiment.prepare(case.args, Job(), {})
     except InputError as error:
-        raise InputError(f"{error} (images that were moved: --data DIR)") from None
+        hint = " (images that were moved: --data DIR)" * str(error).startswith("--data")
+        raise InputError(f"{error}{hint}") from None
     run_folder.check_images(folder, case.run.images)
     for name, split in case.run.several.items():
         check_split(folder / name, case.run.images, split, case.run.clients.get(name, []))
+        if idle := never_trained(folder / name, len(case.run.clients.get(name, []))):
+            case.why = dict.fromkeys(ATTACKS, f"hospital(s) {idle} did not train before the round "
+                                     "of model.pt: their images are no members (--fraction)")
+            case.run = None
+            return case
     if not replay:
         case.why = dict.fromkeys(ATTACKS[2:], "not asked for (--replay 0)") | case.why
     if "A2" not in case.why and alone is not None:
@@ -112,6 +118,14 @@ def prepare(folder: Path, alone: str | None, replay: bool, place: str | None = N
                           f"train_central.py --like {folder} --local-only, then --alone with its "
                           "folder")
     return case
+
+
+def never_trained(folder: Path, clients: int) -> str:
+    """The hospitals whose updates entered no round up to that of model.pt; "" for none."""
+    history = finished.read_history(folder)
+    rounds = history[:evaluation.best_index(history) + 1]
+    trained = {c["client"] for r in rounds for c in r.get("clients", []) if not c["left_out"]}
+    return ", ".join(str(k) for k in range(clients) if k not in trained)
 
 
 def check_split(folder: Path, images: data.Images, split: Split,
@@ -245,10 +259,11 @@ def replay(case: Case, fold: str, state: models.State, history: list[dict], side
 
 def prove(records: list[dict], recorded: list[dict]) -> dict:
     """Whether replayed update norms equal the recorded ones, and the largest relative difference;
-    None where they cannot be compared (other clients, an update that is not finite)."""
-    here, there = ({r["client"]: r["update_norm"] for r in rows} for rows in (records, recorded))
-    known = here.keys() == there.keys() and None not in {*here.values(), *there.values()}
-    return {"equal": here == there, "by": max(
+    None where they cannot be compared (other clients, other updates that are not finite)."""
+    here, there = ({r["client"]: r["update_norm"] for r in rows if r["update_norm"] is not None}
+                   for rows in (records, recorded))
+    known = here and here.keys() == there.keys() and len(records) == len(recorded)
+    return {"equal": bool(known) and here == there, "by": max(
         abs(here[k] - there[k]) / max(abs(there[k]), 1e-300) for k in here) if known else None}
 
 

@@ -54,14 +54,23 @@ def holds(figure: dict) -> bool:
     return figure["low"] is not None and figure["low"] <= 0.5 <= figure["high"]
 
 
+def null_row(name: str, each: list[dict]) -> list:
+    """The row of several nulls: from the lowest to the highest, and how many hold 0.5."""
+    known = [one for one in each if one["low"] is not None]
+    if not known:
+        return [f"*{name}*", "–", "–", "–", "–", "too few images"]
+    values, detectable = ([one[key] for one in known] for key in ("value", "detectable"))
+    return [f"*{name}*", f"{min(values):.4f} to {max(values):.4f}",
+            show(max((x for x in detectable if x), default=None)), "–", "–",
+            f"{sum(map(holds, known))} of {len(known)} hold 0.5"]
+
+
 def said(figure: dict, null: bool) -> str:
     """What an AUC says, in words."""
     if figure["low"] is None:
         return "too few images" if figure["value"] is not None else "no images to compare"
     if null:
-        each = figure.get("each", [])
-        return ("holds 0.5" if holds(figure) else "**does not hold 0.5**") + (
-            f"; {sum(map(holds, each))} of {len(each)} hold it one by one" if each else "")
+        return "holds 0.5" if holds(figure) else "**does not hold 0.5**"
     return "not told apart" if holds(figure) else (
         "**told apart**" if figure["low"] > 0.5 else "below 0.5")
 
@@ -125,6 +134,7 @@ def page(result: dict) -> list[str]:
          "smallest AUC is what these images would have told from 0.5 in 80 of 100 cases."),
         markdown(["attack", "AUC (95 %)", "smallest AUC told from 0.5", "members", "non-members",
                   "in words"], [
+            null_row(name, figure["each"]) if "each" in figure else
             [f"*{name}*" if null else name, show(figure), show(figure["detectable"]),
              figure["members"], figure["non_members"], said(figure, null)]
             for name, figure, null in rows_of(result) if figure]),
@@ -137,9 +147,11 @@ def page(result: dict) -> list[str]:
 
 def plot_membership(result: dict, path: Path) -> None:
     """ROC from 1/n on, with the band that members drawn at random would stay in (each threshold's
-    hits are beta-binomial then); beside it every AUC with its interval, nulls in grey."""
-    rows = [row for row in rows_of(result)[::-1] if row[1] and row[1]["low"] is not None]
-    curves = [(name, figure) for name, figure, _ in rows[::-1] if figure.get("curve")]
+    hits are beta-binomial then); beside it every AUC with its interval, nulls in grey, those of
+    one row as points alone."""
+    rows = [(name, several, null) for name, figure, null in rows_of(result)[::-1] if figure and (
+        several := [x for x in figure.get("each", [figure]) if x["low"] is not None])]
+    curves = [(name, x[0]) for name, x, _ in rows[::-1] if x[0].get("curve")]
     with figures.drawing(path, 12, 1.5 + 0.24 * max(len(rows), 12), columns=2) as (roc, aucs):
         for number, (name, figure) in enumerate(curves):
             n, m = len(figure["curve"]), figure["members"]
@@ -157,10 +169,12 @@ def plot_membership(result: dict, path: Path) -> None:
         for axis in (roc.xaxis, roc.yaxis):
             axis.set_major_formatter("{x:g}")  # figures.py draws text as it is, no mathematics
         roc.legend(fontsize=7, loc="lower right")
-        for i, (_, figure, null) in enumerate(rows):
-            aucs.errorbar(figure["value"], i, fmt="o", ms=4, color="0.6" if null else "C0",
-                          xerr=[[max(figure["value"] - figure["low"], 0)],
-                                [max(figure["high"] - figure["value"], 0)]])
+        for i, (_, several, null) in enumerate(rows):
+            values, low, high = (np.array([x[key] for x in several]) for key in
+                                 ("value", "low", "high"))
+            aucs.errorbar(values, [i] * len(values), fmt="o", ms=4, color="0.6" if null else "C0",
+                          xerr=None if len(values) > 1 else np.maximum(
+                              [values - low, high - values], 0))
         aucs.axvline(0.5, color="grey", lw=0.8, ls="--")
         aucs.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=7)
         aucs.yaxis.tick_right()

@@ -1,6 +1,6 @@
 """Files on disk: which belong to which class, and one file as 8-bit RGB pixels."""
 
-from checks import InputError
+from checks import InputError, warn
 
 import contextlib
 import hashlib
@@ -149,6 +149,8 @@ def class_names(given: list[str], classes: list[str] | None, where: str) -> dict
     if unknown:
         raise InputError(f"{where}: unknown class {unknown[0]}; the federation has "
                          f"{', '.join(classes)}")
+    if len({name.casefold() for name in given}) < len(given):
+        warn(f"note: {where}: classes that differ by case alone: {', '.join(given)}")
     if len(given) < 2 and classes is None:
         raise InputError(f"{where}: one class only ({', '.join(given)}), nothing to tell apart")
     return names
@@ -206,7 +208,10 @@ def decode(path: Path, size: int) -> tuple[np.ndarray, str, tuple]:
     """One file → uint8 [size, size, 3], pixel digest, (width, height, mode)."""
     with Image.open(path) as image:
         mode, deep = image.mode, image.mode.startswith("I") or ";16" in str(image.tile)
+        white_is_zero = deep and getattr(image, "tag_v2", {}).get(262) == 0  # of a TIFF
         rgb = to_rgb(image)
+    if white_is_zero:  # Pillow inverts 8 bits itself
+        rgb = ImageOps.invert(rgb)
     if deep and 0 < np.asarray(rgb).max() < 32:  # 10 or 12 bits of a camera, stored in 16
         raise ValueError("16-bit pixels, nearly black: scale them to 16 bits, or save them with 8")
     digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()

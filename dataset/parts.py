@@ -76,9 +76,6 @@ def make_split(args: argparse.Namespace, images: Images) -> splits.Split:
     else:
         split = splits.make_split(args.split, labels, args.split_seed, paths=images.paths,
                                   groups=groups_of(images) or images.digests)
-    if np.isin(split["val"], split["test"]).any():
-        warn(f"WARNING: --split {args.split} selects the model on its own test part (the paper's "
-             "Table 1): its test figures are optimistic")
     _check_parts(args, images, [split])
     return split
 
@@ -120,8 +117,11 @@ def _check_parts(args: argparse.Namespace, images: Images, several: list[splits.
 
 def both_sides(images: Images, several: list[splits.Split]) -> list[str]:
     """A sentence for patients, and for groups, with images in training and in the test part of the
-    same split. None where there are none, or where they are not known."""
+    same split, where they are known; and one for a test part that selects the model."""
     lines = []
+    if any(np.isin(s["val"], s["test"]).any() for s in several):
+        lines.append("the model is selected on its own test part (the paper's Table 1), so that "
+                     "the test figures are optimistic")
     for unit, numbers in images.units().items():
         if shared := len({unit for s in several for unit in
                           np.intersect1d(numbers[s["train"]], numbers[s["test"]]).tolist()}):

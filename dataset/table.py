@@ -61,7 +61,8 @@ def read(path: str, headings: list[str] | None = None) -> Table:
     name = f"--table {path}"
     text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
     try:
-        readings = [[row for row in csv.reader(io.StringIO(text, newline=""), delimiter=d) if row]
+        readings = [[row for row in csv.reader(io.StringIO(text, newline=""), delimiter=d)
+                     if any(map(str.strip, row))]
                     for d in ",;\t"]
     except csv.Error as error:
         raise InputError(f"{name}: not a CSV file ({error})") from None
@@ -111,6 +112,11 @@ def _find_columns(name: str, header: list[str], headings: list[str]) -> dict[str
                          "(--columns path=HEADING says which one it is)")
     if several := [h for h in wanted.values() if header.count(h) > 1]:
         raise InputError(f"{name}: the heading {several[0]} stands there twice")
+    for heading in set(header) - set(wanted.values()):  # patients must not go unused by a slip
+        column = heading.strip(' "').lower()
+        if column in COLUMNS and wanted[column] not in header:
+            raise InputError(f"{name}: the heading {heading} is not quite {column}; rename it, or "
+                             f"say which it is with --columns '{column}={heading}'")
     return {column: header.index(h) for column, h in wanted.items() if h in header}
 
 

@@ -59,13 +59,18 @@ def randomised(model: torch.nn.Module, fresh: dict[str, Tensor], share: float) -
             for key in fresh}
 
 
+def is_flat(values: np.ndarray) -> bool:
+    """Whether a map shows nothing: all its values are equal, up to the rounding of float32."""
+    return bool(np.ptp(values) <= 1e-5 * np.abs(values).max())
+
+
 def rank_correlation(a: np.ndarray, original: np.ndarray) -> float | None:
     """Spearman's ρ of two maps' magnitudes; 0 where the first is flat, None where the original is:
     a map that shows nothing cannot show that it depends on the weights."""
     a, b = np.abs(a).ravel(), np.abs(original).ravel()
-    if np.ptp(b) == 0:
+    if is_flat(b):
         return None
-    return 0.0 if np.ptp(a) == 0 else float(spearmanr(a, b).statistic)
+    return 0.0 if is_flat(a) else float(spearmanr(a, b).statistic)
 
 
 def jaccard(weights: list[np.ndarray], top: int = 5) -> float:

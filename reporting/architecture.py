@@ -39,7 +39,9 @@ def main() -> None:
     models.freeze(model, args.train_from)
     models.check_size(model, args.image_size)
     rows = table(model, args.image_size)
-    total, trainable = (sum(row[i] for row in rows) for i in (2, 3))
+    parameters = list(model.parameters())  # a few networks hold some of their own, in no module
+    total, trainable = (sum(p.numel() for p in some) for some in
+                        (parameters, (p for p in parameters if p.requires_grad)))
     print(f"{'module':<14}{'output shape':<20}{'parameters':>14}{'trainable':>14}")
     for name, shape, parameters, free in [*rows, ("all", "", total, trainable)]:
         print(f"{name:<14}{shape:<20}{parameters:>14,}{free:>14,}")

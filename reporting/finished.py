@@ -50,7 +50,10 @@ def read_predictions(folder: Path, part: str = "test") -> Predictions:
         p = np.array([row[4:] for row in rows], dtype=np.float64).reshape(len(rows), len(classes))
         labels = np.array([classes.index(row[1]) for row in rows], dtype=np.int64)
     except FileNotFoundError:
-        raise InputError(f"{folder}: has no predictions.csv; is the run complete?") from None
+        parts = sorted(p.parent.name for p in folder.glob("*/predictions.csv"))
+        raise InputError(f"{folder}: has no predictions.csv; " + (
+            f"name one of its parts: {', '.join(parts)}" if parts else "is the run complete?")
+            ) from None
     except (ValueError, IndexError) as error:
         raise InputError(f"{folder}/predictions.csv: damaged ({error})") from None
     if not rows:
@@ -87,5 +90,6 @@ def load_images(folder: Path, place: str | None = None,
     try:
         images = load(read_arguments(folder, place, cache))
     except InputError as error:
-        raise InputError(f"{error} (images that were moved: --data DIR)") from None
+        hint = " (images that were moved: --data DIR)" * str(error).startswith("--data")
+        raise InputError(f"{error}{hint}") from None
     return check_images(folder, images), images

@@ -35,6 +35,7 @@ class Trained:
     device: torch.device
     dtype: torch.dtype = torch.float32
     interventions: tuple[str, ...] = ()  # that its pixels were trained with
+    client: int | None = None  # whose BatchNorm it has, where every client has its own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,7 @@ def load(folder: Path, device: torch.device, client: int | None = None) -> Train
     model = models.build(content["model"], len(content["classes"]))
     model.load_state_dict(content["state"] | local_bn.get(client, {}))
     return Trained(model.to(device).eval(), content["model"], content["classes"],
-                   content["image_size"], device,
+                   content["image_size"], device, client=client,
                    interventions=tuple(interventions.modern(content.get("interventions", ()))))
 
 

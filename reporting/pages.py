@@ -1,5 +1,6 @@
 """The pieces of a report, in Markdown and on the terminal: numbers, tables, sections."""
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def head(folder: Path, run: dict, results: dict) -> str:
     loud = "**SYNTHETIC DATA: drawn, not medical. Figures show that the code works, no more.**\n\n"
     return (
         f"# {folder.name}\n\n{loud if run['synthetic'] else ''}"
-        f"`python {run['script']} {' '.join(run['argv'])}`\n\n"
+        f"`python {run['script']} {shlex.join(run['argv'])}`\n\n"
         f"{run['images']} images of {run['data']}; {results['images_seen']} training passes in "
         f"{results['optimizer_steps']} optimiser steps, {results['seconds']:.0f} s on "
         f"{run['machine']['device']} ({run['machine']['name']}, {run['machine']['threads']} "
@@ -126,9 +127,8 @@ def class_table(test: dict, title: str) -> str:
         ["class", "precision", "recall", "specificity", "F1", "AUC", "support"], rows)
     if (both := test["malignant"]) is not None:
         text += (f"\n\nMalignant against benign: sensitivity {show(both['sensitivity'])}, "
-                 f"specificity {show(both['specificity'])}. ECE {show(test['ece'])}, Brier "
-                 f"{show(test['brier'])}.")
-    return text
+                 f"specificity {show(both['specificity'])}.")
+    return f"{text}\n\nECE {show(test['ece'])}, Brier {show(test['brier'])}."
 
 
 def colour_table(results: dict) -> str:

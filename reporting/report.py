@@ -122,9 +122,12 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
     if clients is not None:
         figures.plot_clients(images, clients, colour_features(images)["means", "included"],
                              folder / "clients.png")
-    chosen = ("Best = lowest validation loss, the earliest on ties; the test part was touched "
-              "after training only." if best["val"] else
-              "No validation part: the last epoch is scored.")
+    chosen = "No validation part: the last epoch is scored."
+    if best["val"]:
+        when = "for this, too" if np.isin(split["val"], split["test"]).any() else (
+            "after training only")
+        chosen = ("Best = lowest validation loss, the earliest on ties; the test part was touched "
+                  f"{when}.")
     run, twins = read_run(folder), count_twins(images.digests, split["test"], split["train"])
     shares = []  # FedBN only
     if "clients" in test:
@@ -180,14 +183,14 @@ def pool_folds(folder: Path, images: Images, several: dict[str, list[Split]],
 
 
 def pooled_colour(members: list[dict]) -> list[dict]:
-    """The colour-only rows of folds, pooled over their test images."""
-    rows = []
-    for i, row in enumerate(members[0]["colour_only"]):
-        sizes = [m["best"]["test"]["n"] for m in members]
-        hits = sum(round((m["colour_only"][i]["test"]["value"] or 0) * n)
-                   for m, n in zip(members, sizes, strict=True))
-        rows.append({**row, "val": metrics.wilson(0, 0), "test": metrics.wilson(hits, sum(sizes))})
-    return rows
+    """The colour-only rows of folds, pooled over their images; folds without a figure are out."""
+    def pooled(i: int, part: str) -> dict:
+        found = [(m["colour_only"][i][part]["value"], m["best"][part]) for m in members]
+        known = [(value, m["n"]) for value, m in found if value is not None]
+        return metrics.wilson(sum(round(value * n) for value, n in known),
+                              sum(n for _, n in known))
+    return [row | {part: pooled(i, part) for part in ("val", "test")}
+            for i, row in enumerate(members[0]["colour_only"])]
 
 
 def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, list[Split]],

@@ -34,6 +34,7 @@ except ImportError:  # Windows has no such lock
     fcntl = None
 
 UNRECORDED = ("resume", "out", "timeout", "argv", "cache")  # arguments that say where, not what
+PATHS = ("data", "table", "weights", "like")  # arguments that run.json holds as whole paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,8 @@ def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Names
         again = vars(parser.parse_args(argv))
         for name, value in recorded.items():
             # of what was moved, the images and the split decide
-            if again[name] != value and not (name in ("data", "table") and value):
+            if again[name] != value and not (
+                    name in PATHS and name != "weights" and value):
                 raise InputError(f"--resume {args.resume}: --{name.replace('_', '-')} is "
                                  f"{value} there, not {again[name]}")
         if args.out is not None:
@@ -152,8 +154,8 @@ def write_run(folder: Path, args: argparse.Namespace, script: str, images: Image
     write_json(folder / "run.json", {
         "script": f"train_{script}.py", "part_of": part_of, "argv": args.argv,
         "arguments": {k: v for k, v in vars(args).items() if k not in UNRECORDED} | {
-            name: getattr(args, name) and os.path.abspath(getattr(args, name))
-            for name in ("data", "table")},
+            name: os.path.abspath(path) for name, path in vars(args).items()
+            if name in PATHS and path not in (None, "none", "imagenet")},
         "seed": args.seed, "synthetic": args.data is None, "data": images.name,
         "fingerprint": images.fingerprint(), "classes": images.classes,
         "images": len(images.paths), "bad_files": images.bad,

@@ -2,6 +2,9 @@
 
 from checks import InputError
 
+import argparse
+import csv
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,10 +107,29 @@ def test_an_audit_of_data_goes_on_without_what_cannot_be_read(tmp_path, monkeypa
     assert "| colour means | 0.5000 (0.2500–0.7500) |" in out
 
 
+def test_patients_that_a_table_knows_are_partners_too(tmp_path):
+    root = write_tree(tmp_path / "set", {"a": 20, "b": 20})
+    paths = [f"{c}/{c}-{i:03d}.png" for c in "ab" for i in range(1, 21)]
+    rows = [f"{path},{path[0]}{i // 4}" for i, path in enumerate(paths)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,patient", *rows]))
+    audit.main(["data", str(root), "--image-size", "32", "--split-seeds", "2", "--table",
+                str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "audit.json").read_text("utf-8"))
+    partners = found["test_images_with_partner"]
+    assert found["joined_with"] == ["patient"]
+    assert partners["random"]["partners"] > 0 == partners["grouped, these groups"]["partners"]
+    with open(tmp_path / "out" / "groups.csv", encoding="utf-8", newline="") as file:
+        group = dict(list(csv.reader(file))[1:])
+    assert list(group) == paths
+    for first in range(0, 40, 4):
+        assert len({group[path] for path in paths[first:first + 4]}) == 1
+    assert group[paths[0]] == paths[0] != group[paths[20]]
+
+
 def test_the_page_of_the_data_says_what_was_found():
     text = "\n\n".join(audit.data_page({
         "data": "ALL", "fingerprint": "0123456789abcdefghij", "bad_files": [("x", "y")],
-        "duplicates": {"images": 100, "near_pairs": 7},
+        "duplicates": {"images": 100, "near_pairs": 7}, "joined_with": ["patient"],
         "test_images_with_partner": {
             "random": {"n": 10, "partners": 4, "identical": 3},
             "blocked": {"n": None, "partners": None, "identical": None, "why": "too few"}},
@@ -116,6 +138,7 @@ def test_the_page_of_the_data_says_what_was_found():
                         "seed_42": 0.6, "share_below_seed_42": 0.75, "share_equal": 0.125}}))
     for words in (
             "100 images, fingerprint `0123456789abcdef`; 1 unreadable.", "| near pairs | 7 |",
+            "Partner: an image of the same group of near-duplicates, or of the same patient. ",
             "at least 30% of the field in common, correlation at least 0.6 there",
             "| random | 10 | 3 | 4 |", "| blocked | – | – | too few |",
             "Largest class: 0.3750.", "| colour means | 0.5000 (0.2500–0.7500) |",
@@ -173,6 +196,9 @@ def test_groups_are_those_of_the_table_which_must_name_every_image():
         groups(rows, "label")
     rows["another.png"] = {"patient": "Z", "group": "9"}  # a table may know more than the run used
     assert groups(rows, "patient") == [0, 1, 0, 3, 4]
+    images.known["patient"] = np.array(list("ABA") + ["", ""])  # what the run itself knew
+    found = audit.read_groups(None, argparse.Namespace(data=None), images)
+    assert np.unique(found, return_index=True)[1][found].tolist() == [0, 1, 0, 3, 4]
     del rows[images.paths[3]]
     with pytest.raises(InputError, match=r"t.csv: 1 image\(s\) of .* not in it: c0/003.png"):
         groups(rows, "patient")

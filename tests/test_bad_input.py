@@ -105,6 +105,7 @@ CASES = [
     (GOOD + " --model squeezenet1_1", "one linear layer"),
     (GOOD + " --train-from layer4", "no such module"),
     (GOOD + " --model resnet18 --train-from fc --bn recalibrate", "what --train-from freezes"),
+    (GOOD + " --model vgg11 --bn local", "--bn local: vgg11 has no BatchNorm"),
     (GOOD + " --model vgg11 --image-size 8", "--image-size 8 does not suit VGG"),
     (GOOD + " --device cuda:7", "--device cuda:7: not there"),
     (GOOD + " --amp bf16 --image-size 16", "--amp bf16 needs images over 16 pixels"),

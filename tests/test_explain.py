@@ -77,10 +77,11 @@ def test_the_rule_is_evenly_spaced_in_path_order():
     n = 10
     test = finished.Predictions([f"a{i}" for i in range(n)] + ["b0"], np.array([0] * n + [1]),
                             np.array([[1.0, 0]] * n + [[0, 1.0]]), ["a", "b"])
-    assert explain.choose(test, 2) == {"a2": "rule", "a7": "rule", "b0": "rule"}
-    assert list(explain.choose(test, 10)) == [*test.paths]
-    test.logits[4] = [0, 1]
-    assert explain.choose(test, 1) == {"a5": "rule", "b0": "rule", "a4": "misclassified"}
+    right = test.labels.copy()
+    assert explain.choose(test, right, 2) == {"a2": "rule", "a7": "rule", "b0": "rule"}
+    assert list(explain.choose(test, right, 10)) == [*test.paths]
+    right[4] = 1
+    assert explain.choose(test, right, 1) == {"a5": "rule", "b0": "rule", "a4": "misclassified"}
 
 
 def test_the_explained_function_is_the_evaluated_one(explained, tree):
@@ -113,7 +114,10 @@ def test_probabilities_may_differ_by_a_thousandth(monkeypatch, tmp_path, capsys,
         rows[0, 1] += off
         return rows
     monkeypatch.setattr(inference, "probabilities", probabilities)
-    subjects = explain.of_the_run(tmp_path, None, 2)
+    of_all, of_one = (argparse.Namespace(client=client) for client in (None, 0))
+    explain.of_the_run(tmp_path, of_one, 2)  # a client's own network differs from what is written
+    assert capsys.readouterr().err == ""
+    subjects = explain.of_the_run(tmp_path, of_all, 2)
     assert sorted(s.path for s in subjects) == sorted(paths)
     for s in subjects:
         k = images.paths.index(s.path)
@@ -212,6 +216,12 @@ def test_an_image_is_checked_on_its_predicted_class():
     bright = interventions.background(subject().pixels)
     assert out["lime"]["background"] == right[bright].sum() / 16
     assert out["lime"]["jaccard"] == 1 and "jaccard" not in out["gradient"]
+    found["maps"]["gradient", 1] = np.full((28, 28), 0.25)  # it puts the cells in no order
+    flat = explain.check(subject(truth=0), found, args, patch_left, seed=4)
+    assert flat["gradient"]["deletion_area"] is None and flat["lime"] == out["lime"]
+    both = explain.verdicts([out, flat, out], {m: [[0.0] * 3] for m in explain.METHODS},
+                            [subject()] * 3, args)["methods"]
+    assert (both["gradient"]["deletion_gain"]["n"], both["lime"]["deletion_gain"]["n"]) == (2, 3)
 
 
 def test_weights_are_randomised_from_the_head_to_those_of_the_network_of_seed_1(monkeypatch):
@@ -326,6 +336,9 @@ def test_the_runs_report_has_the_verdicts_on_its_test_images_once(tmp_path, of_t
         assert not (tmp_path / "report.md").exists()  # none is begun
     own = (tmp_path / "out" / "report.md").read_text()
     assert "- x (rule)" in own and "![map](map.png)" in own and explain.verdict_table(found) in own
+    (tmp_path / "two").mkdir()
+    explain.write_report(tmp_path, tmp_path / "two", found | {"client": 0}, [subject()], False)
+    assert "\n\nThe network of client 0. n = 9" in (tmp_path / "two" / "report.md").read_text()
     (tmp_path / "report.md").write_text("# Run\n\nwords\n")
     for _ in range(2):
         explain.write_report(tmp_path, tmp_path / "out", found, [subject()], of_the_test)

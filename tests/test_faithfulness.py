@@ -141,6 +141,16 @@ def test_rank_correlation():
     assert ff.rank_correlation(np.ones((3, 4)), a) == 0.0
 
 
+def test_a_map_is_flat_up_to_the_rounding_of_float32():
+    values = np.full((7, 7), 0.5, np.float32)
+    assert ff.is_flat(values) and ff.is_flat(np.zeros((7, 7)))
+    values[0, 0] += 1e-6  # as interpolation leaves it
+    assert ff.is_flat(values) and ff.rank_correlation(np.eye(7), values) is None
+    assert ff.rank_correlation(values, np.eye(7)) == 0
+    values[0, 0] += 1e-4
+    assert not ff.is_flat(values) and ff.is_flat(-np.ones((2, 2)))
+
+
 def test_jaccard_of_the_top_superpixels():
     a = np.array([9, 8, 7, 0, 0, 0.0])
     b = np.array([9, 8, 0, 7, 0, 0.0])

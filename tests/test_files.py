@@ -77,7 +77,8 @@ def test_a_hospital_may_lack_a_class_in_a_part_and_have_one_class_with_folders_i
         find_class_folders(tmp_path / "b", ["c", "d"])
 
 
-def test_names_of_the_public_set_are_translated_only_where_all_are_and_no_two_fall_together():
+def test_names_of_the_public_set_are_translated_only_where_all_are_and_no_two_fall_together(
+        capsys):
     def mean(*given, classes=None):
         return list(class_names(list(given), classes, "x").values())
     assert mean("benign", "[Malignant] Pro-B") == ["Benign", "Pro"]
@@ -85,6 +86,9 @@ def test_names_of_the_public_set_are_translated_only_where_all_are_and_no_two_fa
     assert mean("benign", "zebra") == ["benign", "zebra"]
     assert mean("Pro", "[Malignant] Pro-B") == ["Pro", "[Malignant] Pro-B"]
     assert mean("pro", classes=["Benign", "Pro"]) == ["Pro"]
+    assert capsys.readouterr().err == ""
+    assert mean("Pro", "pro", "Pre") == ["Pro", "pro", "Pre"]
+    assert "note: x: classes that differ by case alone: Pro, pro" in capsys.readouterr().err
     with pytest.raises(InputError, match="x: one class only .a., nothing to tell apart"):
         mean("a")
     with pytest.raises(InputError, match="x: unknown class q; the federation has a, b"):
@@ -212,6 +216,20 @@ def test_16_bits_are_rounded_to_8_where_the_largest_is_32_of_255_at_least(tmp_pa
     assert every[0][3].tolist() == [[v] * 3 for v in (0, 0, 1, 1, 2, 31, 32, 255)]
     assert enough[0].max() == 32
     assert small == black == NEARLY_BLACK
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_may_say_that_white_is_zero(tmp_path, bits):
+    grey = np.full((8, 8), 60, np.uint8) if bits == 8 else np.full((8, 8), 60 * 257, np.uint16)
+    for kind, mean in ((0, 195), (1, 60)):
+        path = tmp_path / f"{kind}.tif"
+        Image.fromarray(grey).save(path, tiffinfo={262: kind})
+        with Image.open(path) as image:
+            assert image.tag_v2[262] == kind
+        if bits == 8 and kind == 0:  # Pillow turns such pixels over when it writes, and reads
+            mean = 60
+        (read,) = decode_all([path], 8)
+        assert np.unique(read[0]).tolist() == [mean]
 
 
 def test_only_so_many_images_are_decoded_ahead_that_their_pixels_fill_16_mib(monkeypatch):

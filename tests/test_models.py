@@ -47,6 +47,9 @@ def test_table_3_of_the_paper(capsys, monkeypatch):
                                      "--train-from", "fc"])
     architecture.main()
     assert "23,516,228         8,196" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["architecture.py", "vit_b_16"])  # 768 are in no module
+    architecture.main()
+    assert "85,801,732    85,801,732" in capsys.readouterr().out
 
 
 def test_the_table_row_by_row(capsys, monkeypatch):
@@ -219,6 +222,9 @@ def test_model_pt_of_ours_round_trip(tmp_path, capsys):
     assert capsys.readouterr().out == ""  # and without a list of classes any are the same
     with pytest.raises(InputError, match="holds resnet18, not resnet34"):
         models.build("resnet34", 4, path)
+    models.save(content | {"local_bn": {0: {}}}, tmp_path / "model.pt")  # FedBN
+    with pytest.raises(InputError, match="made with --bn local, every client has its own"):
+        models.build("resnet18", 4, path)
 
 
 class Bomb:

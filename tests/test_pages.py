@@ -129,11 +129,12 @@ def test_the_table_of_classes_ends_in_malignant_against_benign_where_that_is_kno
              "| class | precision | recall | specificity | F1 | AUC | support |\n"
              "| --- | --- | --- | --- | --- | --- | --- |\n"
              "| a | 0.5000 | 0.2500 | 0.7500 | 0.1250 | – | 3 |")
-    assert pages.class_table(test, "best") == plain
+    end = "\n\nECE 0.0625, Brier 1.5000."
+    assert pages.class_table(test, "best") == plain + end
     test["malignant"] = {"sensitivity": proportion(1.0), "specificity": proportion(0.0)}
     assert pages.class_table(test, "best") == plain + (
         "\n\nMalignant against benign: sensitivity 1.0000 (0.2500–0.7500), specificity 0.0000 "
-        "(0.2500–0.7500). ECE 0.0625, Brier 1.5000.")
+        "(0.2500–0.7500).") + end
 
 
 # ---- the page -----------------------------------------------------------------------------------
@@ -151,6 +152,8 @@ def test_the_head_of_a_page_gives_the_command_and_what_it_cost(tmp_path):
     text = ("`python train_x.py --seed 1`\n\n48 images of here; 96 training passes in 12 optimiser "
             "steps, 4 s on cpu (chip, 2 threads), torch 2.1, commit abc.")
     assert pages.head(folder, RUN, cost) == "# name\n\n" + text
+    spaced = pages.head(folder, RUN | {"argv": ["--out", "a b"]}, cost)
+    assert "`python train_x.py --out 'a b'`" in spaced  # as a shell takes it
     drawn = pages.head(folder, RUN | {"synthetic": True, "ignored_files": "1 .txt"}, cost)
     assert drawn == ("# name\n\n**SYNTHETIC DATA: drawn, not medical. Figures show that the code "
                      f"works, no more.**\n\n{text} Passed over: 1 .txt.")

@@ -371,11 +371,19 @@ def test_labels_take_the_nearest_folder_that_names_a_class():
     assert predict.label_of(data.Path("Pre/a.png"), None, names) == ""
 
 
-def test_images_come_in_the_order_given_with_the_folder_that_was_given(tmp_path):
+def test_images_come_in_the_order_given_and_what_is_no_image_is_counted(tmp_path, capsys):
     root = write_tree(tmp_path / "set", {"b": 1, "a": 1})
     single = root / "b" / "b-001.png"
     assert predict.find([str(single), str(root)]) == [
         (single, None), (root / "a" / "a-001.png", root), (single, root)]
+    assert capsys.readouterr().err == ""
+    for name in ("a/scan.dcm", "a/scan2.dcm", "b/noname"):
+        (root / name).touch()
+    assert len(predict.find([str(root / "a"), str(root / "b")])) == 2
+    assert capsys.readouterr().err == "note: passed over 2 .dcm, 1 no suffix\n"
+    single.unlink()
+    with pytest.raises(checks.InputError, match="no image in .*/b; passed over 1 no suffix$"):
+        predict.find([str(root / "b")])
 
 
 def test_folder_names_mean_the_classes_of_the_run_and_of_the_public_layouts(tmp_path):

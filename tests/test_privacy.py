@@ -24,7 +24,7 @@ import train_central
 import train_federated
 from auditing import membership, privacy, privacy_page
 from dataset import splits
-from reporting import figures, report
+from reporting import figures, report, run_folder
 from reporting.finished import read_history
 
 
@@ -57,6 +57,8 @@ def test_the_average_of_one_update_is_that_clients_state_bit_for_bit():
     ([1.0, 2.5], [1.0, 2.0], {"equal": False, "by": 0.25}),
     ([0.5, 0.0], [0.25, 0.0], {"equal": False, "by": 1}),
     ([1.0, None], [1.0, 2.0], {"equal": False, "by": None}),
+    ([1.0, None], [1.0, None], {"equal": True, "by": 0}),
+    ([None], [None], {"equal": False, "by": None}),
     ([1.0], [1.0, 2.0], {"equal": False, "by": None})])
 def test_a_replay_proves_itself_by_equal_norms(here, there, expected):
     rows = [[{"client": k, "update_norm": x} for k, x in enumerate(norms)]
@@ -75,18 +77,14 @@ def test_of_several_folds_the_first_that_is_not_replayed_is_told():
     assert "**yes**, by 0 (" in privacy_page.proof(result)
 
 
-@pytest.mark.parametrize(("low", "high", "each", "plain", "null"), [
-    (0.4, 0.6, [], "not told apart", "holds 0.5"), (0.5, 0.6, [], "not told apart", "holds 0.5"),
-    (0.51, 0.6, [], "**told apart**", "**does not hold 0.5**"),
-    (0.3, 0.5, [], "not told apart", "holds 0.5"),
-    (0.3, 0.49, [], "below 0.5", "**does not hold 0.5**"),
-    (0.4, 0.6, [(0.4, 0.6), (0.6, 0.7), (None, None)], "not told apart",
-     "holds 0.5; 1 of 3 hold it one by one")])
-def test_words_beside_an_auc(low, high, each, plain, null):
+@pytest.mark.parametrize(("low", "high", "plain", "null"), [
+    (0.4, 0.6, "not told apart", "holds 0.5"), (0.5, 0.6, "not told apart", "holds 0.5"),
+    (0.51, 0.6, "**told apart**", "**does not hold 0.5**"),
+    (0.3, 0.5, "not told apart", "holds 0.5"),
+    (0.3, 0.49, "below 0.5", "**does not hold 0.5**")])
+def test_words_beside_an_auc(low, high, plain, null):
     figure = {"value": 0.5, "low": low, "high": high}
-    assert privacy_page.said(figure, False) == plain
-    assert privacy_page.said(figure | ({"each": [{"low": a, "high": b} for a, b in each]}
-                                       if each else {}), True) == null
+    assert privacy_page.said(figure, False) == plain and privacy_page.said(figure, True) == null
 
 
 def test_words_where_there_is_no_interval():
@@ -223,10 +221,10 @@ def test_the_figures_are_those_of_the_definition_pair_by_pair(runs):
 def test_placebo_and_controls_hold_one_half(runs):
     """A leak of the audit itself, such as test images that were trained on, turns this red."""
     part = read(runs / "run" / "privacy")["parts"][""]
-    nulls = [part["A1"]["placebo"], part["A2"]["placebo"], part["A2"]["controls"],
-             part["rounds"][0]["A3"]["controls"]]
-    nulls += [one["A3"]["nobody"] for one in part["rounds"]]
+    nulls = [part["A1"]["placebo"], part["A2"]["placebo"]]
     assert all(map(privacy_page.holds, nulls)), nulls
+    nobody = [one for r in part["rounds"] for one in r["A3"]["nobody"]["each"]]
+    assert len(nobody) == 8 and sum(map(privacy_page.holds, nobody)) >= 6
     each = part["A2"]["controls"]["each"] + part["rounds"][0]["A3"]["controls"]["each"]
     assert len(each) == 24 and sum(map(privacy_page.holds, each)) >= 20
     for one in part["rounds"]:
@@ -295,9 +293,14 @@ def test_what_the_figures_draw(runs, tmp_path, monkeypatch):
     assert line.get_xdata().tolist() == [k / 40 for k in range(1, 40)]
     assert line.get_ydata().tolist() == part["A1"]["best"]["curve"][1:]
     assert roc.get_xlim() == (1 / 120, 1) and roc.get_ylim() == (1 / 40, 1.05)
-    rows = [row for row in privacy_page.rows_of(result) if row[1]["low"] is not None]
-    points = [tuple(line.get_xydata()[0]) for line in aucs.lines if len(line.get_xydata()) == 1]
-    assert points == [(row[1]["value"], i) for i, row in enumerate(rows[::-1])]
+    rows = [row[1].get("each", [row[1]]) for row in privacy_page.rows_of(result)]
+    rows = [row for row in rows if row[0]["low"] is not None]
+    points = [tuple(xy) for line in aucs.lines if line.get_marker() == "o"
+              for xy in line.get_xydata()]
+    assert points == [(x["value"], i) for i, row in enumerate(rows[::-1]) for x in row]
+    assert sorted({len(row) for row in rows}) == [1, 4, 12]
+    bars = [segment for bar in aucs.collections for segment in bar.get_segments()]
+    assert len(bars) == sum(len(row) == 1 for row in rows)  # many in one row would hide each other
     assert [[int(t.get_text()) for t in axis.texts] for axis in servers] == [
         np.ravel(one["A4"]["matrix"]).tolist() for one in part["rounds"]]
 
@@ -338,6 +341,25 @@ def test_a_changed_seed_is_reported_and_not_used(runs, tmp_path):
     assert "A3 and A4 are not reported" in page.splitlines()[0]
     assert "| A3" not in page and "Whose image (A4)" not in page
     assert "--local-only" in found["not_tried"]["A2"]  # no --alone was given
+
+
+def test_a_hospital_that_never_trained_has_no_members(runs, tmp_path):
+    def change(folder):
+        history = read_history(folder)
+        for record in history:
+            record["clients"][2]["left_out"] = True
+        run_folder.write_history(folder, history)
+    found, page = again(runs, tmp_path, change)
+    assert found["parts"] == {} and page.count("hospital(s) 2 did not train before the round") == 5
+    assert privacy.never_trained(runs / "run", 6) == "4, 5"  # of four
+
+
+def test_only_for_images_that_are_not_there_it_is_asked_where_they_are(runs, tmp_path):
+    with pytest.raises(InputError, match="absent.pt: no such file$"):
+        again(runs, tmp_path, rewrite(weights="absent.pt"))
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(InputError, match="absent: no such folder .images that were moved: --data"):
+        again(runs, tmp_path, rewrite(data="absent"))
 
 
 def test_a_run_without_its_last_state_says_so(runs, tmp_path):

@@ -5,6 +5,7 @@ from checks import InputError
 import argparse
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -196,13 +197,35 @@ def test_references_controls_and_sources_of_planted_memories():
     raw = membership.attack(phi, case.members(range(4)), case.outside, case)
     assert found["low"] > 0.99 and raw["high"] < 0.85  # without reference, difficulty hides it
     null = membership.controls(phi, [0, 1, 2, 3], case)
-    assert len(null["each"]) == 12 and null["low"] < 0.5 < null["high"]
-    assert sum(map(privacy_page.holds, null["each"])) >= 10
-    nobody = membership.of_nobody(phi - membership.of_others(phi), case)
-    assert nobody["low"] < 0.5 < nobody["high"] and nobody["members"] + nobody["non_members"] == 100
+    assert len(null["each"]) == 12 and sum(map(privacy_page.holds, null["each"])) >= 10
+    nobody = membership.of_nobody(phi - membership.of_others(phi), case)["each"]
+    assert len(nobody) == 4 and sum(map(privacy_page.holds, nobody)) >= 3
+    assert all(one["members"] + one["non_members"] == 100 for one in nobody)
     source = membership.sources(phi, [0, 1, 2, 3], case)
     assert source["value"] > 0.98 and source["permuted"]["value"] == pytest.approx(0.25, abs=0.01)
     assert np.sum(source["matrix"]) == source["n"] == 400 and source["one_of_k"] == 0.25
+
+
+def test_a_null_that_fails_at_one_hospital_is_seen():
+    """Hospital 0 trained on images that were no hospital's, hospital 1 on those of hospital 2."""
+    rng, owner = np.random.default_rng(5), np.r_[np.arange(400) % 4, np.full(100, -1)]
+    case = sides(np.arange(500) // 4 % 4, owner)
+    phi = rng.normal(0, 1, (4, 500))
+    with mock.patch.object(membership, "attack") as attack:
+        membership.of_nobody(phi, case)
+    half = attack.call_args.args[1][0]
+    phi[0, half] += 3
+    phi[1, owner == 2] += 3
+    nobody = membership.of_nobody(phi - membership.of_others(phi), case)["each"]
+    assert nobody[0]["low"] > 0.9 and [privacy_page.holds(one) for one in nobody] == [False] * 4
+    controls = membership.controls(phi, range(4), case)["each"]
+    assert (1, 2) in [(one["model"], one["images"]) for one in controls if one["low"] > 0.5]
+    name, span, least, _, _, words = privacy_page.null_row("nobody", nobody)
+    assert (name, words) == ("*nobody*", "0 of 4 hold 0.5")
+    assert span == f"{min(x['value'] for x in nobody):.4f} to {nobody[0]['value']:.4f}"
+    assert least == f"{max(x['detectable'] for x in nobody):.4f}"
+    few = {"value": 0.5, "low": None, "high": None, "detectable": None}
+    assert privacy_page.null_row("x", [few]) == ["*x*", "–", "–", "–", "–", "too few images"]
 
 
 def test_owners_are_permuted_within_their_class():
@@ -303,8 +326,9 @@ def test_half_of_each_class_takes_the_members_place_in_whole_groups(monkeypatch)
     case = dealt(np.repeat([-1, 0], [20, 3]), labels, np.r_[np.arange(20) // 2, 90:93])
     for arguments in ([], [0], [1]):  # seed 0 is the default
         membership.of_nobody(np.zeros((2, 23)), case, *arguments)
-    (members, outside), again, other = taken
-    assert members.shape == (2, 23) and np.array_equal(members[0], members[1])
+    (members, outside), second, again, _, other, _ = taken  # of each two hospitals
+    assert members.shape == (1, 23)
+    assert np.array_equal(members, second[0]) and np.array_equal(outside, second[1])
     assert np.bincount(labels[members[0]]).tolist() == [6, 2, 4]  # 3 of 5, 1 of 2, 2 of 3 groups
     assert np.array_equal(outside, case.outside & ~members[0]) and not members[0][20:].any()
     assert (members[0][0:20:2] == members[0][1:20:2]).all()
@@ -362,7 +386,8 @@ def test_the_server_compares_an_update_with_the_others_of_its_round():
     found = privacy.of_round({1: phi[0], 4: phi[1]}, 7, case)
     assert (found["round"], found["hospitals"]) == (7, [1, 4])
     assert found["A3"]["value"] == found["A4"]["value"] == 1
-    assert found["A4"]["matrix"] == [[2, 0], [0, 2]] and found["A3"]["nobody"]["members"] == 1
+    assert found["A4"]["matrix"] == [[2, 0], [0, 2]] and [
+        one["members"] for one in found["A3"]["nobody"]["each"]] == [1, 1]
     assert privacy.of_round({4: phi[1]}, 1, case) == {
         "round": 1, "hospitals": [4], "A3": None, "A4": None}
 

@@ -72,13 +72,17 @@ def test_patients_are_counted_among_the_images_of_the_part_alone():
 
 def test_colour_over_folds_is_the_sum_of_right_images():
     def fold(n, value, fitted_on):
-        return {"best": {"test": {"n": n}}, "colour_only": [
+        return {"best": {"val": {"n": 2}, "test": {"n": n}}, "colour_only": [
             {"features": "means", "fitted_on": fitted_on, "val": metrics.wilson(1, 2),
              "test": {"value": value, "low": 0, "high": 1}}]}
-    (row,) = report.pooled_colour([fold(8, 0.25, 5), fold(10, 0.3, 5), fold(2, None, 5)])
-    assert row == {"features": "means", "fitted_on": 5, "test": metrics.wilson(5, 20),
-                   "val": {"value": None, "low": None, "high": None}}
+    undefined = fold(2, None, 5)  # measured nothing: no hit, and no image either
+    (row,) = report.pooled_colour([fold(8, 0.25, 5), fold(10, 0.3, 5), undefined])
+    assert row == {"features": "means", "fitted_on": 5, "test": metrics.wilson(5, 18),
+                   "val": metrics.wilson(3, 6)}
     assert report.pooled_colour([fold(8, 0.25, 5)])[0]["test"] == metrics.wilson(2, 8)
+    undefined["best"]["val"], undefined["colour_only"][0]["val"] = None, metrics.wilson(0, 0)
+    (row,) = report.pooled_colour([undefined] * 2)
+    assert row["val"] == row["test"] == {"value": None, "low": None, "high": None}
 
 
 # ---- what stands on the page --------------------------------------------------------------------
@@ -167,6 +171,12 @@ def test_the_figures_of_a_run_are_those_of_its_best_model_on_the_test_part(tmp_p
     page = (tmp_path / "report.md").read_text("utf-8")
     assert "clients.png" not in drawn and "own BatchNorm" not in page
     assert "\n\nNo validation part: the last epoch is scored.\n\n| model |" in page
+    results["best"]["val"] = other
+    report.draw_run(tmp_path, results, lines, images, split | {"val": test}, LOGITS, None)
+    page = (tmp_path / "report.md").read_text("utf-8")
+    assert ("**WARNING: the model is selected on its own test part (the paper's Table 1), so that "
+            "the test figures are optimistic.**\n\n## Results") in page
+    assert "ties; the test part was touched for this, too." in page
 
 
 def test_the_figures_of_folds_are_pooled_and_their_curves_are_drawn_together(tmp_path, drawn):
@@ -174,7 +184,8 @@ def test_the_figures_of_folds_are_pooled_and_their_curves_are_drawn_together(tmp
     images.digests[3], images.digests[8] = images.digests[2], images.digests[5]
     several = {}
     for name, test in (("fold1", [1, 3]), ("fold2", [4, 8])):
-        several[name] = [{"test": np.array(test), "train": np.array([0, 2, 5])}]
+        several[name] = [{"test": np.array(test), "train": np.array([0, 2, 5]),
+                          "val": np.array([6, 7])}]
         (folder / name).mkdir()
         (folder / name / "history.jsonl").write_text(json.dumps(record(1)) + "\n")
     m = report.measure(images, np.array([1, 3, 4, 8]), LOGITS, None)

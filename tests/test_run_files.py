@@ -45,6 +45,13 @@ def test_probabilities_are_written_with_nine_digits_and_an_image_of_two_parts_on
         "c2/002.png,c2,val,c0,0.5,0.5,0", "c0/003.png,c0,val+test,c1,0,1,0",
         "c1/004.png,c1,test,c0,0.333333343,0.333333343,0.333333343",  # a third as float32
         "c2/005.png,c2,test,c2,0,0,1"]
+    (tmp_path / "all").mkdir()
+    (tmp_path / "predictions.csv").rename(tmp_path / "all" / "predictions.csv")
+    with pytest.raises(InputError, match=r"has no predictions.csv; name one of its parts: all$"):
+        finished.read_predictions(tmp_path)  # of hospitals with images of their own
+    (tmp_path / "all" / "predictions.csv").rename(tmp_path / "predictions.csv")
+    with pytest.raises(InputError, match="is the run complete"):
+        finished.read_predictions(tmp_path / "all")
     test, val = (finished.read_predictions(tmp_path, *part) for part in ([], ["val"]))
     assert test.paths == ["c0/003.png", "c1/004.png", "c2/005.png"]
     assert val.paths == ["c0/003.png", "c2/002.png"] and val.labels.tolist() == [0, 2]

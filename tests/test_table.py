@@ -49,7 +49,7 @@ def flat(tmp_path):
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 def test_a_table_is_read_with_any_separator_and_byte_order_mark(tmp_path, delimiter, bom):
     path = put(tmp_path / "t.csv", ["path", "label", "patient"], ["a,;\t\"b\n.png", "x y", " 7 "],
-               ["é.png", "", "8"], delimiter=delimiter, bom=bom)
+               ["", "", " "], ["é.png", "", "8"], delimiter=delimiter, bom=bom)  # one is blank
     read = table.read(path)
     assert read.columns == ("path", "label", "patient")
     assert read.rows == {"a,;\t\"b\n.png": {"path": "a,;\t\"b\n.png", "label": "x y", "patient":
@@ -84,6 +84,9 @@ def test_headings_are_named_and_never_guessed(flat, tmp_path, capsys):
                            (["way=dx"], "must be NAME=HEADING"), (["path="], "must be NAME=HEAD")):
         with pytest.raises(InputError, match=message):
             look(root, path, wrong)
+    path = put(tmp_path / "u.csv", ["Path", "label", "Label"], *rows)  # Label: there is a label
+    assert look(root, path, ["path=Path"]).classes == ["a", "b"]
+    assert "columns that are not used: Label" in capsys.readouterr().err
 
 
 def test_a_path_is_also_tried_as_a_name_where_one_file_fits(tmp_path, capsys):
@@ -132,6 +135,8 @@ def test_paths_may_begin_at_the_class_folders_inside_a_wrapping_one(tmp_path):
     (["path", "label"], [["a/a-001.png"]], "row 2 has 1 fields, the header has 2"),
     (["path", "label"], [["a/a-001.png", "x", "y"]], "row 2 has 3 fields, the header has 2"),
     (["path", "path"], [["a", "b"]], "the heading path stands there twice"),
+    (["path", "Patient"], [["a/a-001.png", 1]], "Patient is not quite patient; .*--columns 'pat"),
+    (["path", ' "label"'], [["a/a-001.png", "x"]], 'the heading "label" is not quite label'),
     (["path"], [], "no row under the header"),
     (["path", "label"], [[f"{c}/{c}-00{i}.png", "x"] for c in "ab" for i in (1, 2)],
      "one class only .x., nothing to tell apart"),

@@ -326,14 +326,24 @@ def test_help_names_every_group():
 
 
 def test_a_run_made_before_folds_is_like_one_split(monkeypatch):
-    recorded = {"rounds": 3, "local_epochs": 2, "bn": "average", "seed": 5}
+    recorded = {"rounds": 3, "local_epochs": 2, "bn": "average", "seed": 5, "clients": 4,
+                "fraction": 1.0}
     monkeypatch.setattr(run_folder, "read_run", lambda folder: {"arguments": recorded})
     args = argparse.Namespace(like="old", seed=0, folds=5, epochs=40, bn="train", period=1,
-                              resume=None)
+                              resume=None, local_only=False)
     assert train_central.defaults(args) == {"folds": 1, "seed": 5, "bn": "train", "epochs": 6,
                                             "period": 2}
-    monkeypatch.setattr(train_central.experiment, "prepare", lambda *a: 1 / 0)
+    recorded["fraction"] = 0.3  # one of four in each round: a quarter of the images passed
+    assert train_central.defaults(args)["epochs"] == 2  # of 1.5
+    recorded |= {"fraction": 0.5, "rounds": 10}
+    assert train_central.defaults(args)["epochs"] == 10
+    args.local_only = True  # a hospital alone trains in every round
+    assert train_central.defaults(args)["epochs"] == 20
     args.local_only = False
+    recorded |= {"fraction": 0.1, "rounds": 1, "local_epochs": 1}
+    assert train_central.defaults(args)["epochs"] == 1
+    recorded |= {"fraction": 1.0, "rounds": 3, "local_epochs": 2}
+    monkeypatch.setattr(train_central.experiment, "prepare", lambda *a: 1 / 0)
     for args.folds, raised in ((1, ZeroDivisionError), (2, InputError), (5, InputError)):
         with pytest.raises(raised, match="zero" if args.folds == 1 else "--folds is 1 there"):
             train_central.prepare(args)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import audit
 import compare
 import data
 import explain
+import models
 import train_central
 import train_federated
 from dataset import parts, splits
@@ -75,6 +77,22 @@ def test_a_second_explanation_leaves_the_first_alone(moved):
     assert next((out / "explanations").glob("*.csv")).read_bytes() == first
     assert (out / "explanations-2" / "report.md").exists()
     assert (out / "report.md").read_text() == page  # n = 1 is no verdict over the test images
+
+
+def test_a_run_goes_on_from_another_directory_and_without_its_first_weights(
+        tree, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    models.save(models.build("toynet", 3, seed=5).state_dict(), Path("start.pt"))
+    train(tree, "run", "--rounds", 1, "--weights", "start.pt")
+    before = (tmp_path / "run" / "model.pt").read_bytes()
+    recorded = json.loads(Path("run/run.json").read_text("utf-8"))["arguments"]
+    assert recorded["weights"] == str(tmp_path / "start.pt")
+    monkeypatch.chdir(tmp_path / "other")
+    for _ in range(2):
+        train_federated.main(["--resume", "../run"])
+        assert (tmp_path / "run" / "model.pt").read_bytes() == before
+        (tmp_path / "start.pt").unlink(missing_ok=True)
 
 
 def test_an_explanation_that_fails_leaves_nothing_half_done(moved, monkeypatch):

@@ -45,9 +45,14 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
     models.freeze(sketch, args.train_from, batchnorm=args.bn == "freeze")
     if args.bn == "recalibrate" and args.train_from:
         raise InputError("--bn recalibrate would change what --train-from freezes")
+    if args.bn not in ("average", "train") and not models.batchnorm_keys(sketch):
+        raise InputError(f"--bn {args.bn}: {args.model} has no BatchNorm")
     models.check_size(sketch, args.image_size, args.batch_size)
-    if args.weights not in ("none", "imagenet"):
-        models.read_file(args.weights)
+    weights = args.weights
+    if (resumed := vars(args).get("resume")) and (Path(resumed) / "last.pt").exists():
+        weights = "none"  # the state comes from there
+    elif weights not in ("none", "imagenet"):
+        models.read_file(weights)
     images = data.load(args)
     parts.settle(args, images)
     folds = getattr(args, "folds", 1)
@@ -59,7 +64,7 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
         clients[""] = [own if k == job.rank else nothing for k in range(job.world)]
     elif "clients" in args:
         clients = {name: parts.make_clients(args, images, split) for name, split in several.items()}
-    model = models.build(args.model, len(images.classes), args.weights, args.seed, images.classes)
+    model = models.build(args.model, len(images.classes), weights, args.seed, images.classes)
     models.freeze(model, args.train_from, batchnorm=args.bn == "freeze")
     if models.needs_batch(model) and any(1 in map(len, dealt) for dealt in clients.values()):
         raise InputError("a client owns one image only, too few for BatchNorm: try fewer clients")
