@@ -58,12 +58,6 @@ def partners(images: data.Images, groups: np.ndarray) -> dict:
     return out
 
 
-def first_of(groups: np.ndarray) -> np.ndarray:
-    """int [n]: for each image the number of the first image of its group."""
-    first, unit = np.unique(groups, return_index=True, return_inverse=True)[1:]
-    return first[unit]
-
-
 def probe_splits(images: data.Images, groups: np.ndarray) -> dict[str, list[splits.Split]]:
     """The random split of seed 42; 5 grouped and 5 blocked folds where classes are large enough."""
     labels = images.labels.numpy()
@@ -111,7 +105,7 @@ def write_data_audit(args: argparse.Namespace, images: data.Images, folder: Path
     """audit.json, groups.csv, figures and report.md; returns what the first holds."""
     labels = images.labels.numpy()
     groups, counts, near = duplicates.find_groups(images)
-    groups = first_of(splits.joined([groups, *images.units().values()]))
+    groups = splits.joined([groups, *images.units().values()])
     features = probes.features(images)
     several = probe_splits(images, groups)
     rows = {probe: {name: probes.score(x, labels, parts) for name, parts in several.items()}
@@ -319,31 +313,26 @@ def audit_privacy(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="data|run|privacy")
-    add = strict(kinds.add_parser("data", help="audit a data set")).add_argument
-    add("data", metavar="DIR")
-    add("--out", metavar="DIR", help="default runs/audit-NAME")
-    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
-    add("--image-size", type=integer(32), default=224, help="side in pixels (default 224)")
-    table.add_arguments(add)
-    add("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
-    add = strict(kinds.add_parser("run", help="audit a trained run")).add_argument
-    add("run", metavar="RUN", help="run folder")
-    table.add_arguments(add)
-    add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
-    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
-    add("--out", metavar="DIR", help="default RUN/audit, numbered if taken")
-    add("--device", default="auto")
-    add = strict(kinds.add_parser(
-        "privacy", help="who can tell which images a run was trained on")).add_argument
-    add("run", metavar="RUN", help="run folder")
-    add("--alone", metavar="RUN", help="its hospitals alone: train_central.py --like RUN "
-        "--local-only")
-    add("--replay", type=int, choices=(0, 1), default=1,
-        help="replay two rounds, for what the server sees (default 1; 0 = do not)")
-    table.add_arguments(add)
-    add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
-    add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
-    add("--device", default="auto")
+    of_data, of_run, of_privacy = (
+        strict(kinds.add_parser(kind, help=words)).add_argument for kind, words in (
+            ("data", "audit a data set"), ("run", "audit a trained run"),
+            ("privacy", "who can tell which images a run was trained on")))
+    of_data("data", metavar="DIR")
+    of_data("--out", metavar="DIR", help="default runs/audit-NAME")
+    of_data("--image-size", type=integer(32), default=224, help="side in pixels (default 224)")
+    of_data("--split-seeds", type=integer(2), default=200, help="of the seed distribution")
+    of_run("--out", metavar="DIR", help="default RUN/audit, numbered if taken")
+    of_privacy("--alone", metavar="RUN", help="its hospitals alone: train_central.py --like RUN "
+               "--local-only")
+    of_privacy("--replay", type=int, choices=(0, 1), default=1,
+               help="replay two rounds, for what the server sees (default 1; 0 = do not)")
+    for add in (of_run, of_privacy):
+        add("run", metavar="RUN", help="run folder")
+        add("--data", metavar="DIR", help="where the images of the run are now, if they were moved")
+        add("--device", default="auto")
+    for add in (of_data, of_run, of_privacy):
+        table.add_arguments(add)
+        add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start")
     args = parser.parse_args(argv)
     if getattr(args, "out", None) and Path(args.out).exists():  # said before minutes of work
         raise InputError(f"--out {args.out}: exists already")

@@ -125,10 +125,9 @@ def colour_rows(groups: dict[str, list[Run]]) -> dict[str, dict]:
     """The colour-only classifiers, once per training and test part."""
     rows: dict[str, dict] = {}
     for label, members in groups.items():
-        several = [r.results["colour_only"] for r in members]
-        for i, row in enumerate(several[0]):
+        for row, *others in zip(*(r.results["colour_only"] for r in members), strict=True):
             name = f"no network: {row['features']}, {row['classifier']}, strip {row['strip']}"
-            found = [rows_of_run[i]["test"] for rows_of_run in several]
+            found = [one["test"] for one in (row, *others)]
             same = all(figure == found[0] for figure in found)
             figures = {"n": len(members[0].test.paths),
                        "accuracy": found[0] if same else metrics.mean_sd(found)}

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from dataset import interventions, parts, synthetic, table
@@ -272,10 +272,9 @@ def contact_sheet(images: Images, path: Path, columns: int = 8) -> None:
         generator = torch.Generator().manual_seed(c)
         drawn = augment(batch, draw_parameters(columns, Augmentation(), generator))
         drawn[0] = batch[0]
-        rows.append(torch.cat(list(drawn), 2))
-    sheet = (torch.cat(rows, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        rows.extend(drawn)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: Image.fromarray(sheet).save(file, "PNG"))
+    write_whole(path, lambda file: save_image(rows, file, "PNG", nrow=columns, padding=0))
     print(f"contact sheet (first column as read, the rest augmented): {path}")
 
 

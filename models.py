@@ -60,11 +60,10 @@ def build(name: str, num_classes: int, weights: str = "none", seed: int = 0,
         torch.manual_seed(seed)
         model = torchvision.models.get_model(name, weights=None)
         head = head_name(model)
-        parent, _, leaf = head.rpartition(".")
         new = nn.Linear(model.get_submodule(head).in_features, num_classes)
         nn.init.xavier_uniform_(new.weight)
         nn.init.zeros_(new.bias)
-        setattr(model.get_submodule(parent), leaf, new)
+        model.set_submodule(head, new)
     if state:
         load_matching(model, state, head, weights)
     return model.to(memory_format=torch.channels_last)
@@ -123,15 +122,14 @@ def load_matching(model: nn.Module, state: State, head: str, source: str) -> Non
         rows = len(state[f"{head}.weight"]) if f"{head}.weight" in state else "?"
         print(f"{source}: head of {rows} classes dropped, a new one of {len(own[f'{head}.bias'])}")
         state = {k: v for k, v in state.items() if k not in head_keys}
-    classifier = head.partition(".")[0] + "."
-    if not any(key.startswith(classifier) for key in state) and head_keys < {
-            key for key in own if key.startswith(classifier)}:
+    classifier = {key for key in own if key.startswith(head.partition(".")[0] + ".")}
+    if head_keys < classifier and not classifier & set(state):
         print(f"{source}: has no layer of the classifier, which begins at random values")
-        head_keys = {key for key in own if key.startswith(classifier)}
-    missing = sorted(set(own) - set(state) - head_keys)
-    extra = sorted(set(state) - set(own))
+        head_keys = classifier
     # torchvision files from before 2018 lack the BatchNorm counters; nothing else may be absent
-    missing = [k for k in missing if not k.endswith("num_batches_tracked")]
+    missing = sorted(key for key in set(own) - set(state) - head_keys
+                     if not key.endswith("num_batches_tracked"))
+    extra = sorted(set(state) - set(own))
     if missing or extra:
         raise InputError(f"{source}: another architecture: {len(missing)} entries missing, "
                          f"{len(extra)} unknown, first {(missing + extra)[0]}")
@@ -177,9 +175,8 @@ def batchnorm_keys(model: nn.Module) -> list[str]:
 
 
 def freeze(model: nn.Module, train_from: str | None = None, batchnorm: bool = False) -> None:
-    """Switch off gradients of all parameters before module `train_from`, and of BatchNorm if asked.
-    Changes `model` in place. Frozen BatchNorm layers also need `train_mode`: their running
-    statistics would move even without a gradient."""
+    """Switch off gradients before module `train_from`, and of BatchNorm if asked, in place. Frozen
+    BatchNorm also needs `train_mode`: its running statistics would move without a gradient."""
     if train_from is not None:
         names = [name for name, _ in model.named_parameters()]
         first = next((i for i, name in enumerate(names) if name.startswith(train_from + ".")), None)
@@ -289,9 +286,8 @@ def check_size(model: nn.Module, size: int, batch_size: int = 2) -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Fill a file by `write` so that a kill at any moment leaves the old or the new file, whole.
-    The new file is written beside the old one, flushed to disk, and renamed. An error such as a
-    full disk leaves the old file and is raised."""
+    """Fill a file by `write` so that a kill or an error, such as a full disk, leaves the old file
+    or the new one, whole: it is written beside the old one, flushed to disk, and renamed."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:

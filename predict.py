@@ -34,18 +34,6 @@ from reporting import finished, inference, metrics, run_folder, tables, terminal
 MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
 
 
-def add_arguments(parser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files or folders")
-    add = parser.add_argument
-    add("--out", metavar="CSV", help="default: RUN/predicted.csv, numbered if taken")
-    add("--exact", action="store_true", help="float32, nothing folded")
-    add("--calibrate", action="store_true", help="temperature scaling, fitted on the run's "
-        "validation part and stored with the run")
-    add("--map", metavar="JSON", help="folder name → class of the run, or Malignant and Benign")
-    table.add_arguments(add)
-
-
 def find(paths: list[str]) -> list[tuple[Path, Path | None]]:
     """Every image with the given folder that it lies in (None for a file), in the order given.
     Raises InputError for a path that is not there, and where there is no image at all."""
@@ -70,11 +58,10 @@ def find(paths: list[str]) -> list[tuple[Path, Path | None]]:
 def read_map(path: str | None, classes: list[str]) -> dict[str, str]:
     """Folder name, in lower case → class: the run's own, the public layouts' names, or --map."""
     if path is None:
-        lower = {c.lower(): c for c in classes}
-        if len(lower) < len(classes):  # names that differ by case alone must be met exactly
-            lower = {}
-        return {k: v for k, v in CLASS_NAMES.items() if v in classes} | lower | {
-            c: c for c in classes}
+        public = {k: v for k, v in CLASS_NAMES.items() if v in classes}
+        own, lower = {c: c for c in classes}, {c.lower(): c for c in classes}
+        # names that differ by case alone must be met exactly
+        return public | (lower if len(lower) == len(own) else {}) | own
     try:
         given = {k.lower(): v for k, v in json.loads(Path(path).read_text("utf-8")).items()}
     except (ValueError, AttributeError):
@@ -95,8 +82,8 @@ def label_of(file: Path, root: Path | None, names: dict[str, str]) -> str:
     if root is None:
         return ""
     parts = [root.resolve().name, *file.relative_to(root).parent.parts]
-    return next((names.get(part, names.get(part.lower())) for part in reversed(parts)
-                 if part in names or part.lower() in names), "")
+    meant = (names.get(part, names.get(part.lower())) for part in reversed(parts))
+    return next(filter(None, meant), "")
 
 
 def from_table(listed: table.Table, args, files: list[Path],
@@ -132,11 +119,10 @@ def temperature(folder: Path) -> float:
         if (val.logits.argmax(1) == val.labels).all():
             raise InputError("--calibrate: every validation image is right; no temperature follows")
         value = fit_temperature(val.logits, val.labels)
-        before, after = (metrics.measure(val.logits / t, val.labels, val.classes)
-                         for t in (1.0, value))
+        both = [metrics.measure(val.logits / t, val.labels, val.classes) for t in (1.0, value)]
         run_folder.write_json(path, {
             "temperature": value, "fitted_on": "validation part", "n": len(val.labels),
-            **{key: [before[key], after[key]] for key in ("loss", "ece")}})
+            **{key: [found[key] for found in both] for key in ("loss", "ece")}})
     return run_folder.read_json(path)["temperature"]
 
 
@@ -219,7 +205,15 @@ def reserved(out: str | None, default: Path, companion: str) -> Iterator[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    add_arguments(parser)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder")
+    add("paths", nargs="+", metavar="PATH", help="image files or folders")
+    add("--out", metavar="CSV", help="default: RUN/predicted.csv, numbered if taken")
+    add("--exact", action="store_true", help="float32, nothing folded")
+    add("--calibrate", action="store_true", help="temperature scaling, fitted on the run's "
+        "validation part and stored with the run")
+    add("--map", metavar="JSON", help="folder name → class of the run, or Malignant and Benign")
+    table.add_arguments(add)
     inference.add_arguments(parser)
     args = parser.parse_args(argv)
     folder = Path(args.run)

@@ -22,8 +22,7 @@ from dataset import parts, splits
 from reporting import run_folder, tables, terminal
 from training import evaluation, experiment
 from training.processes import Job
-from training.recipe import DEMONSTRATION
-from training.recipe import add_arguments as add_recipe_arguments
+from training.recipe import DEMONSTRATION, add_recipe_arguments
 
 Parts = dict[str, dict[str, splits.Split]]  # by client ("" for all together), then by fold
 
@@ -72,17 +71,22 @@ def prepare(args: argparse.Namespace) -> tuple[experiment.Experiment, Parts, lis
     if args.local_only and args.like is None:
         raise InputError("--local-only needs --like RUN, the federated run whose clients train")
     args.period = min(args.period, args.epochs)  # at least the last epoch validates
-    recorded = {} if args.like is None or knows_itself(args) else run_folder.read_run(
+    # a resumed run knows by its own split.csv all that --like was needed for
+    itself = args.folds == 1 and args.resume is not None and Path(args.resume, "split.csv").exists()
+    recorded = {} if args.like is None or itself else run_folder.read_run(
         Path(args.like))["arguments"]
     if recorded and args.folds != recorded.get("folds", 1):
         raise InputError(f"--like {args.like}: --folds is {recorded.get('folds', 1)} there")
-    with job.preparing(args) as facts:
-        run = experiment.prepare(args, job, facts)
+    run = experiment.prepare(args, job, {})
     if args.like is None:
         return run, {"": run.several}, []
     several: Parts = {}
     for fold, split in run.several.items():
-        run.clients[fold], names = like_clients(args, Path(args.like) / fold, run.images, split)
+        if itself:
+            run.clients[fold], names = tables.read_split(Path(args.resume), run.images)[1:]
+        else:  # a new run must have the images of the run to be like, and its very split
+            run_folder.check_images(Path(args.like) / fold, run.images)
+            run.clients[fold], names = tables.check_split(Path(args.like) / fold, run.images, split)
         for k, owned in enumerate(run.clients[fold]):
             several.setdefault(f"client{k}", {})[fold] = split | {"train": owned}
     say_differences(args, recorded)
@@ -102,25 +106,6 @@ def say_differences(args: argparse.Namespace, recorded: dict) -> None:
         if name in vars(args) and name not in derived and getattr(args, name) != value:
             warn(f"note: --{name.replace('_', '-')} is {getattr(args, name)}, and {value} in "
                  f"{args.like}")
-
-
-def knows_itself(args: argparse.Namespace) -> bool:
-    """Whether the run is resumed, and its own split.csv says all that --like was needed for."""
-    return args.resume is not None and args.folds == 1 and (
-        Path(args.resume) / "split.csv").exists()
-
-
-def like_clients(args: argparse.Namespace, folder: Path, images: data.Images,
-                 split: splits.Split) -> tuple[list[np.ndarray], list[str]]:
-    """The clients of the run to be like (or of its fold), and their names. A new run must have its
-    images and its very split; one that is resumed knows both itself."""
-    if knows_itself(args):
-        return tables.read_split(Path(args.resume), images)[1:]
-    run_folder.check_images(folder, images)
-    there, clients, names = tables.read_split(folder, images)
-    if any(not np.array_equal(there[part], split[part]) for part in split):
-        raise InputError(f"--like {folder}: the flags here do not give its split")
-    return clients, names
 
 
 def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experiment,
@@ -160,7 +145,9 @@ def train_alone(args: argparse.Namespace, folder: Path, run: experiment.Experime
         if not models.is_finite(state):
             raise FloatingPointError(f"epoch {epoch}: the weights are not finite")
         tally = evaluator.tally("val", state) if epoch % args.period == 0 else [0, 0, 0.0]
-        history.append(make_record(epoch, lr, record, tally, seconds))
+        history.append(evaluation.make_record({"epoch": epoch, "lr": lr}, tally, {
+            "train_loss": record["loss"], "train_accuracy": record["accuracy"],
+            **{key: record[key] for key in ("images", "steps", "skipped_steps")}}, seconds))
         terminal.print_epoch(history[-1], args.epochs)
         checkpoint = make_checkpoint(epoch, state, history, trainer)
         evaluation.save_progress(folder, args, model, images.classes, checkpoint)
@@ -173,15 +160,6 @@ def make_checkpoint(epoch: int, state: models.State, history: list[dict], traine
     optimizer, scaler = (part.state_dict() for part in trainer)
     return {"epoch": epoch, "state": state, "history": history, "local_bn": {},
             "optimizer": optimizer, "scaler": scaler}
-
-
-def make_record(epoch: int, lr: float, record: dict, tally: list, seconds: float) -> dict:
-    """One line of history.jsonl; without a validation its figures are null."""
-    return evaluation.without_nan({
-        "epoch": epoch, "lr": lr, **evaluation.validation(tally), "train_loss": record["loss"],
-        "train_accuracy": record["accuracy"],
-        **{key: record[key] for key in ("images", "steps", "skipped_steps")},
-        "seconds": seconds, "images_per_second": record["images"] / seconds})
 
 
 def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experiment, parts: Parts,

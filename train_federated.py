@@ -25,8 +25,7 @@ import models
 from dataset import parts
 from reporting import run_folder, tables, terminal
 from training import evaluation, experiment, processes
-from training.recipe import DEMONSTRATION
-from training.recipe import add_arguments as add_recipe_arguments
+from training.recipe import DEMONSTRATION, add_recipe_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +60,7 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
     """The round loop of Algorithm 1, from the last checkpoint on, then the test part.
 
     Every process of a job runs these lines. Rank 0 is the server: it averages and writes `folder`
-    (a hospital with images of its own writes `job.folder`). Raises FloatingPointError where no
-    update of a round is finite."""
+    (a hospital: `job.folder`). Raises FloatingPointError where no update of a round is finite."""
     checkpoint = experiment.start(args, job, folder, run)  # round 0, or where --resume goes on
     state, local_bn, history = checkpoint["state"], checkpoint["local_bn"], checkpoint["history"]
     model, images = run.model, run.images
@@ -140,21 +138,19 @@ def make_record(round_index: int, lr: float, records: list[dict], tally: list,
                 seconds: float) -> dict:
     """One line of history.jsonl. Training figures are pooled over the images of those averaged;
     they are null where a hospital keeps them to itself."""
-    images, kept = sum(c["images"] for c in records), [c for c in records if not c["left_out"]]
+    kept = [c for c in records if not c["left_out"]]
     pooled = {f"train_{key}": None if kept[0][key] is None else
               sum(c[key] * c["images"] for c in kept) / sum(c["images"] for c in kept)
               for key in ("loss", "accuracy")}
-    return evaluation.without_nan({
-        "round": round_index, "lr": lr, **evaluation.validation(tally), **pooled,
-        "images": images, "steps": sum(c["steps"] for c in records),
-        "clients": [evaluation.without_nan(c) for c in records],
-        "seconds": seconds, "images_per_second": images / seconds})
+    return evaluation.make_record({"round": round_index, "lr": lr}, tally, {
+        **pooled, "images": sum(c["images"] for c in records),
+        "steps": sum(c["steps"] for c in records),
+        "clients": [evaluation.without_nan(c) for c in records]}, seconds)
 
 
 def train_folds(args: argparse.Namespace, job: processes.Job, folder: Path | None,
                 run: experiment.Experiment) -> None:
-    """Cross-validation: every fold a whole run from the same start, in a folder of its own; then
-    the out-of-fold predictions are pooled."""
+    """Cross-validation: every fold a whole run from the same start; then predictions are pooled."""
     start = models.moved(run.model.state_dict(), "cpu")
     if folder is not None:
         tests = {name: split["test"] for name, split in run.several.items()}

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from skimage.registration import phase_cross_correlation
 from torch import Tensor
 from tqdm import tqdm
 
 from dataset.images import STRIP, Images
+from dataset.splits import group
 
 SIDE = 64  # of the small pictures that all pairs are compared at
 PEAK = 0.12  # of the phase correlation; unrelated pairs of the ALL set stay below 0.11
@@ -57,20 +56,14 @@ def spectra(pixels: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def candidates(pixels: Tensor, progress: bool = True) -> list[tuple[int, int, float]]:
+def candidates(pixels: Tensor) -> list[tuple[int, int, float]]:
     """(i, j, peak) of all pairs i < j whose phase correlation reaches PEAK."""
     whitened, found = spectra(pixels), []
-    n = len(whitened)
-    bar = tqdm(total=n * (n - 1) // 2, desc="comparing", unit="pair", unit_scale=True, leave=False,
-               disable=None if progress else True)
-    for i in range(n - 1):
-        for start in range(i + 1, n, BLOCK):
+    for i, one in enumerate(tqdm(whitened, "comparing", unit="image", leave=False, disable=None)):
+        for start in range(i + 1, len(whitened), BLOCK):
             block = whitened[start:start + BLOCK]
-            height = torch.fft.irfft2(whitened[i] * block.conj(), s=(SIDE, SIDE)).flatten(1).amax(1)
-            found += [(i, start + int(k), float(height[k]))
-                      for k in (height >= PEAK).nonzero().flatten()]
-            bar.update(len(block))
-    bar.close()
+            height = torch.fft.irfft2(one * block.conj(), s=(SIDE, SIDE)).flatten(1).amax(1)
+            found += [(i, start + int(k), float(height[k])) for k in (height >= PEAK).nonzero()]
     return found
 
 
@@ -91,11 +84,11 @@ def register(a: np.ndarray, b: np.ndarray) -> tuple[tuple[int, int], float, floa
     return best
 
 
-def near_duplicates(pixels: Tensor, progress: bool = True) -> list[Pair]:
+def near_duplicates(pixels: Tensor) -> list[Pair]:
     """All pairs i < j of uint8 [n, 3, H, W] that show, for OVERLAP of the field or more, the same.
     Rotated, mirrored or rescaled copies are not looked for."""
     pairs = []
-    for i, j, peak in candidates(pixels, progress):
+    for i, j, peak in candidates(pixels):
         a, b = grey(pixels[[i, j]]).numpy()
         shift, overlap, r = register(a, b)
         if r >= CORRELATION:
@@ -107,14 +100,6 @@ def exact_pairs(digests: list[str]) -> list[tuple[int, int]]:
     """(first, later) of images with equal decoded pixels."""
     first: dict[str, int] = {}
     return [(first[d], i) for i, d in enumerate(digests) if first.setdefault(d, i) != i]
-
-
-def group(n: int, pairs: list[tuple[int, int]]) -> np.ndarray:
-    """int [n]: connected components of the pairs, each named by its first member."""
-    ends = np.array(pairs, dtype=int).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(pairs)), tuple(ends)), shape=(n, n))
-    _, component = connected_components(graph, directed=False)
-    return np.unique(component, return_index=True)[1][component]
 
 
 def find_groups(images: Images) -> tuple[np.ndarray, dict, list[Pair]]:

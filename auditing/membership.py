@@ -145,11 +145,9 @@ def false_rate(k: int, n: int) -> dict:
     return {"false_positives": k, "n": n, "false_low": float(low), "false_high": float(high)}
 
 
-def rates(score: np.ndarray, member: np.ndarray, outside: np.ndarray,
-          labels: np.ndarray) -> list[dict]:
+def rates(hits: np.ndarray, m: int) -> list[dict]:
     """True positive rates, with Clopper and Pearson's interval, at 0 and at ⌊n/100⌋ false positives
-    of n non-members: below 1/n nothing is resolvable."""
-    hits, m = caught(score, member, outside, labels)
+    of n non-members: below 1/n nothing is resolvable. hits, m: as `caught` returns them."""
     out = []
     for k in sorted({0, len(hits) // 100}) if m and len(hits) else []:
         low, high = binomtest(int(hits[k]), m).proportion_ci(method="exact")
@@ -165,8 +163,7 @@ def described(scores: np.ndarray, members: np.ndarray, sides: Sides) -> dict:
     for score, member in zip(scores, members, strict=True):
         hits, m = caught(score, member, outside, sides.labels)
         curves += [hits / m] if m else []
-        each.append(attack(score[None], member[None], outside, sides)
-                    | {"rates": rates(score, member, outside, sides.labels)})
+        each.append(attack(score[None], member[None], outside, sides) | {"rates": rates(hits, m)})
     return attack(scores, members, outside, sides) | {
         "targets": each, "curve": np.mean(curves, 0).tolist() if curves else []}
 

@@ -27,7 +27,6 @@ import fedavg
 import models
 from auditing import duplicates, membership
 from auditing.membership import Sides
-from dataset.splits import Split
 from reporting import finished, provenance, run_folder, tables
 from training import evaluation, experiment
 from training.processes import Job
@@ -35,7 +34,6 @@ from training.processes import Job
 ATTACKS = ("A1", "A2", "A3", "A4")
 EXCHANGEABLE = ("iid", "dirichlet", "dirichlet-equal", "shards")  # dealt at random in each class
 GROUPED_AT = 224  # pixels: the size at which `audit.py data` looks for near-duplicates
-BACKWARD = 3  # forward passes that a training pass counts as, on the progress bar
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -103,7 +101,7 @@ def prepare(folder: Path, alone: str | None, replay: bool, place: str | None = N
         raise InputError(f"{error}{hint}") from None
     run_folder.check_images(folder, case.run.images)
     for name, split in case.run.several.items():
-        check_split(folder / name, case.run.images, split, case.run.clients.get(name, []))
+        tables.check_split(folder / name, case.run.images, split, case.run.clients.get(name, []))
         if idle := never_trained(folder / name, len(case.run.clients.get(name, []))):
             case.why = dict.fromkeys(ATTACKS, f"hospital(s) {idle} did not train before the round "
                                      "of model.pt: their images are no members (--fraction)")
@@ -128,15 +126,6 @@ def never_trained(folder: Path, clients: int) -> str:
     return ", ".join(str(k) for k in range(clients) if k not in trained)
 
 
-def check_split(folder: Path, images: data.Images, split: Split,
-                clients: list[np.ndarray] | None = None) -> None:
-    """InputError where split.csv of a run is not this split, with these clients where given."""
-    there, own, _ = tables.read_split(folder, images)
-    if any(not np.array_equal(there[part], split[part]) for part in split) or (
-            clients is not None and [k.tolist() for k in own] != [k.tolist() for k in clients]):
-        raise InputError(f"{folder}: its split.csv has another split, or other clients")
-
-
 def check_alone(folder: Path, case: Case) -> dict[str, list[Path]]:
     """By fold, the folders of the hospitals' own models. InputError unless they were trained on the
     same split and clients with the same recipe and budget, to the end: else they are none."""
@@ -157,7 +146,7 @@ def check_alone(folder: Path, case: Case) -> dict[str, list[Path]]:
         for part, own in zip(parts[fold], clients, strict=True):
             if not (part / "results.json").exists():
                 raise InputError(f"--alone {folder}: not complete, {part} has no results.json")
-            check_split(part, case.run.images, case.run.several[fold] | {"train": own})
+            tables.check_split(part, case.run.images, case.run.several[fold] | {"train": own})
     return parts
 
 
@@ -182,14 +171,10 @@ def measure(case: Case, groups: np.ndarray) -> dict:
     run, args = case.run, case.args
     data.keep_on(run.images, run.device)
     start = models.moved(run.model.state_dict(), run.device)  # the network before training
-    images = sum(len(split[part]) for split in run.several.values() for part in ("train", "test"))
     updates = 0 if "A3" in case.why else 2 * round(args.fraction * args.clients)  # of two rounds
-    passes = images * (3 + len(next(iter(case.alone.values()), [])) + updates)
-    if updates:
-        passes += sum(BACKWARD * args.local_epochs * args.expand * updates * len(split["train"])
-                      // args.clients for split in run.several.values())
+    networks = (3 + len(next(iter(case.alone.values()), [])) + updates) * len(run.several)
     parts = {}
-    with tqdm(total=passes, desc="privacy", unit="pass", leave=False, disable=None) as bar:
+    with tqdm(total=networks, desc="privacy", unit="network", leave=False, disable=None) as bar:
         for name, split in run.several.items():
             sides = membership.make_sides(run.images.labels.numpy(), split, case.hospitals(name),
                                           groups)
@@ -230,12 +215,9 @@ def measure_part(case: Case, fold: str, sides: Sides, start: models.State,
 
 def phi(run: experiment.Experiment, sides: Sides, progress: Callable) -> np.ndarray:
     """φ of the images of `sides`, float64 [n], under the state that the network holds."""
-    logits = []
-    for start in range(0, len(sides.indices), data.EVAL_BATCH):
-        rows = sides.indices[start:start + data.EVAL_BATCH]
-        logits.append(evaluation.predict(run.model, run.images, rows).numpy())
-        progress(len(rows))
-    return membership.margin(np.concatenate(logits), sides.labels)
+    logits = evaluation.predict(run.model, run.images, sides.indices).numpy()
+    progress()
+    return membership.margin(logits, sides.labels)
 
 
 # ---- the server: rounds replayed ----------------------------------------------------------------
@@ -251,7 +233,7 @@ def replay(case: Case, fold: str, state: models.State, history: list[dict], side
     records, found = [], {}
     for k in fedavg.sample_clients(args.clients, args.fraction, args.seed, round_index):
         update = fedavg.train_client(run.model, state, run.images, run.clients[fold][k], recipe,
-                                     (args.seed, round_index, k), lambda n: progress(BACKWARD * n))
+                                     (args.seed, round_index, k))
         if fedavg.accept(update, records, {}, []) is not None:  # not finite: left out, as there
             found[k] = phi(run, sides, progress)  # the network still holds the update
     return found, records

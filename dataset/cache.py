@@ -65,8 +65,7 @@ class Cache:
             return np.empty(self.shape, np.uint8)
 
     def finish(self, pixels: np.ndarray, n: int, facts: dict) -> np.ndarray:
-        """Keep the first n pixels that `create` gave room for, and what is noted of them; a cache
-        is whole when both files stand under their names."""
+        """Keep the first n pixels and the notes; it is whole once both files have their names."""
         if not isinstance(pixels, np.memmap):
             return pixels[:n]
         try:

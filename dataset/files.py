@@ -100,8 +100,7 @@ def find_images(root: Path, classes: list[str] | None = None, labelled: bool = F
 
 def descend(root: Path, classes: list[str] | None = None) -> tuple[Path, list[Path]]:
     """The folder that holds the class folders, or the parts of a given split, and these folders.
-    Steps into a folder `Original` and into single wrapping folders. Raises InputError where there
-    is none, or where it could be read in two ways."""
+    Steps into a folder `Original` and single wrapping folders. InputError for none, or several."""
     if not root.is_dir():
         raise InputError(f"--data {root}: no such folder")
     while True:
@@ -219,8 +218,7 @@ def decode(path: Path, size: int) -> tuple[np.ndarray, str, tuple]:
 
 
 def decode_all(files: list[Path], size: int) -> Iterator[tuple | str]:
-    """What `decode` makes of each file, in the order of the files, decoded in parallel. For a file
-    that cannot be read it is the reason, in words."""
+    """What `decode` makes of each file, in their order, in parallel; of a bad one the reason."""
     def work(path: Path) -> tuple | str:
         try:
             return decode(path, size)

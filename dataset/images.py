@@ -49,8 +49,7 @@ class Images:
 
     def titles(self, clients: list[np.ndarray]) -> list[str]:
         """The same to be read: a number becomes `client 0`."""
-        return [f"client {name}" if name.isdecimal() else name
-                for name in self.client_names(clients)]
+        return [f"client {n}" if n.isdecimal() else n for n in self.client_names(clients)]
 
     def fingerprint(self) -> str:
         """sha256 over class list, paths, labels and pixel digests: equal for equal data only."""

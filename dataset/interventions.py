@@ -62,8 +62,7 @@ def mask_corner(image: Tensor) -> Tensor:
 
 
 def grey_world(image: Tensor) -> Tensor:
-    """The image with each channel scaled so that all have the same mean (Buchsbaum 1980), by which
-    stain and white balance say less; clipped at 255."""
+    """All channels scaled to one mean (Buchsbaum 1980), so that stain says less; at most 255."""
     values = image.float()
     means = values.mean((1, 2), keepdim=True).clamp_min(1e-6)
     return (values * means.mean() / means).round().clamp(0, 255).to(image.dtype)

@@ -51,8 +51,7 @@ def settle(args: argparse.Namespace, images: Images) -> None:
     if "clients" in args:
         args.partition = args.partition or ("given" if "client" in known else "iid")
     use = {"split": args.split == "given", "client": getattr(args, "partition", "") == "given"}
-    said = [f"{column} {'used' if use.get(column, column in UNITS) else 'not used'}"
-            for column in known]
+    said = [f"{c} {'used' if use.get(c, c in UNITS) else 'not used'}" for c in known]
     for column, flag in (("split", "--split"), ("client", "--partition")):
         if not use[column]:
             known.pop(column, None)
@@ -96,8 +95,7 @@ def groups_of(images: Images) -> list[int] | None:
 
 
 def _check_parts(args: argparse.Namespace, images: Images, several: list[splits.Split]) -> None:
-    """Raise InputError where a training part lacks a class. Print how many images have a twin, and
-    warn of patients on both sides."""
+    """InputError where a training part lacks a class. Counts twins, warns of both sides."""
     labels, twins, sizes = images.labels.numpy(), Counter(), Counter()
     for split in several:
         absent = set(labels.tolist()) - set(labels[split["train"]].tolist())
@@ -165,6 +163,8 @@ def deal_part(args: argparse.Namespace, images: Images, part: np.ndarray,
         return [part[owner[part] == k] for k in range(len(clients))]
     names = images.known.get("client")
     given = np.array([""] * len(part)) if names is None else names[part]
-    dealt = splits.deal_like(images.labels.numpy(), part[given == ""], clients, args.split_seed)
+    counts = np.array([images.class_counts(own) for own in clients]).T  # [C, K]
+    dealt = splits.deal(images.labels.numpy(), part[given == ""], counts,
+                        np.random.default_rng([args.split_seed, 99]))
     return [np.sort(np.concatenate([share, part[given == name]])) for share, name in
             zip(dealt, images.client_names(clients), strict=True)]

@@ -87,15 +87,13 @@ def file_number(path: str) -> tuple:
 def _blocked(labels: np.ndarray, paths: list[str], folds: int | None = None, k: int = 0,
              inner_val: float = 0.1) -> Split:
     """Of each class, in the order of file numbers, the last 10 % are the test part, or the k-th of
-    `folds` stretches. The files after it, and then those from the beginning, are for training; the
-    last of them validate: 10 % of the class, or the share `inner_val` of what a fold leaves. At
-    each boundary 30 files are dropped."""
+    `folds` stretches. The files after it, then those from the beginning, train; the last of these
+    validate: 10 % of the class, or `inner_val` of what a fold leaves. 30 are dropped between."""
     parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for c in np.unique(labels):
         order = sorted(np.flatnonzero(labels == c), key=lambda i: file_number(paths[i]))
         n, tenth = len(order), len(order) // 10
-        start, end = (n - tenth, n) if folds is None else (
-            round(j * n / folds) for j in (k, k + 1))
+        start, end = (n - tenth, n) if folds is None else (round(j * n / folds) for j in (k, k + 1))
         rest = order[end + EMBARGO:] + order[:max(start - EMBARGO, 0)]
         val = tenth if folds is None else round(inner_val * len(rest))
         train = len(rest) - (val + EMBARGO if val else 0)
@@ -181,17 +179,22 @@ def numbered(values: np.ndarray) -> np.ndarray:
     return np.unique(numbers, return_inverse=True)[1]
 
 
-def joined(several: list[np.ndarray]) -> np.ndarray:
-    """int64 [n]: equal numbers for images that any of these numberings joins, directly or over
-    others. Each is int64 [n]."""
+def group(n: int, pairs: list[tuple[int, int]]) -> np.ndarray:
+    """int [n]: connected components of the pairs, each named by its first member."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
-    n = len(several[0])
-    ends = np.concatenate([np.stack([np.arange(n), n * (1 + k) + numbers])
-                           for k, numbers in enumerate(several)], 1)
-    size = n * (1 + len(several))
-    graph = coo_array((np.ones(ends.shape[1]), tuple(ends)), shape=(size, size))
-    return connected_components(graph, directed=False)[1][:n]
+    ends = np.array(pairs, dtype=int).reshape(-1, 2).T
+    graph = coo_array((np.ones(ends.shape[1]), tuple(ends)), shape=(n, n))
+    component = connected_components(graph, directed=False)[1]
+    return np.unique(component, return_index=True)[1][component]
+
+
+def joined(several: list[np.ndarray]) -> np.ndarray:
+    """int64 [n]: equal numbers for images that any of these, int64 [n], joins, directly or not."""
+    n = len(several[0])  # each number is a node behind the images, and a pair with its images
+    pairs = [(i, n * (1 + k) + number) for k, numbers in enumerate(several)
+             for i, number in enumerate(numbers.tolist())]
+    return group(n * (1 + len(several)), pairs)[:n]
 
 
 def by_name(name: str) -> tuple:
@@ -289,16 +292,8 @@ def deal(labels: np.ndarray, indices: np.ndarray, fractions: np.ndarray,
     return [np.sort(np.array(part, dtype=np.int64)) for part in parts]
 
 
-def deal_like(labels: np.ndarray, indices: np.ndarray, clients: list[np.ndarray],
-              seed: int) -> list[np.ndarray]:
-    """Deal validation or test images so that each client's share mirrors its training classes."""
-    counts = np.stack([np.bincount(labels[c], minlength=labels.max() + 1) for c in clients], 1)
-    return deal(labels, indices, counts.astype(float), np.random.default_rng([seed, 99]))
-
-
 def _shards(labels: np.ndarray, clients: int, per_client: int, rng: np.random.Generator):
-    """Who owns which class, 0 or 1, [C, K]: the classes stand in a circle in random order, and
-    client k owns `per_client` neighbours in it."""
+    """Who owns which class, 0 or 1, [C, K]: `per_client` neighbours in a random circle of them."""
     present = np.unique(labels)
     if not per_client <= len(present) <= clients * per_client:
         raise InputError(f"{clients} clients of {per_client} classes each do not fit "

@@ -66,8 +66,7 @@ def draw_one(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(size: int, seed: int = 0) -> tuple[np.ndarray, list[str], list[str]]:
-    """The whole set: pixels uint8 [320, size, size, 3], class name of each, path-like name of each.
-    Picture i depends on (seed, i) alone."""
+    """Pixels uint8 [320, size, size, 3], class names, paths; picture i depends on (seed, i)."""
     names = [(name, i) for name, count in COUNTS.items() for i in range(1, count + 1)]
     pixels = np.stack([draw_one(name, size, np.random.default_rng([seed, i]))
                        for i, (name, _) in enumerate(names)])

@@ -122,9 +122,8 @@ def _find_columns(name: str, header: list[str], headings: list[str]) -> dict[str
 
 def match(table: Table, files: list[Path], places: list[Path]) -> dict[int, dict[str, str]]:
     """The row of each file that the table names, by the file's number. A path is tried in each of
-    the folders `places`; then as a file's name without folder, then without suffix, where exactly
-    one file fits (a note counts these). InputError for a row that fits no file or several, and for
-    two rows that fit one file."""
+    the folders `places`; then as a name without folder, then without suffix, where exactly one file
+    fits (a note counts these). InputError for a row of no file or several, and two rows of one."""
     whole = {str(file): i for i, file in enumerate(files)}
     by_name, by_stem = defaultdict(list), defaultdict(list)
     for i, file in enumerate(files):
@@ -137,8 +136,7 @@ def match(table: Table, files: list[Path], places: list[Path]) -> dict[int, dict
         exact = [whole[p] for p in (str(place / v) for v in variants for place in places)
                  if p in whole]
         named = exact[:1] or by_name.get(variants[1]) or by_stem.get(variants[1])
-        fits = named or (by_name.get(last) or by_stem.get(last)
-                         or by_stem.get(Path(last).stem) or [])
+        fits = named or by_name.get(last) or by_stem.get(last) or by_stem.get(Path(last).stem) or []
         moved += [path] if fits and not named else []
         found += fits[:1]
         none += [path] if not fits else []

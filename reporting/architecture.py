@@ -18,11 +18,10 @@ def table(model: nn.Module, size: int) -> list[tuple[str, str, int, int]]:
     shapes: dict[nn.Module, tuple] = {}
     def keep(module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
         shapes[module] = tuple(output.shape[1:])
-    hooks = [module.register_forward_hook(keep) for module in model.children()]
+    for module in model.children():
+        module.register_forward_hook(keep)
     with torch.no_grad():
         model.eval().to("meta")(torch.zeros(1, 3, size, size, device="meta"))
-    for hook in hooks:
-        hook.remove()
     return [(name, str(shapes.get(module, "-")), sum(p.numel() for p in module.parameters()),
              sum(p.numel() for p in module.parameters() if p.requires_grad))
             for name, module in model.named_children()]

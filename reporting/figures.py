@@ -182,8 +182,10 @@ def scale(values: np.ndarray) -> float:
     return float(np.percentile(np.abs(values), 99)) or float(np.abs(values).max()) or 1.0
 
 
-def _image(subject) -> np.ndarray:
-    return subject.pixels.permute(1, 2, 0).numpy()
+def _show(axis, pixels, text: str = "") -> None:
+    """A picture, uint8 [3, H, W], with its name at the left."""
+    axis.imshow(np.moveaxis(np.asarray(pixels), 0, -1))
+    axis.set_ylabel(text, fontsize=7, rotation=0, ha="right", va="center")
 
 
 def _words(subject, target: int, classes: list[str]) -> str:
@@ -205,10 +207,6 @@ def _grid(path: Path, rows: int, titles: list[str]) -> Iterator[np.ndarray]:
     save(figure, path, 100)
 
 
-def _name_row(axis, text: str) -> None:
-    axis.set_ylabel(text, fontsize=7, rotation=0, ha="right", va="center")
-
-
 def draw_map(axis, values: np.ndarray, alpha: float = 1.0) -> None:
     """Magnitudes in one colour; red for and blue against where a map has a sign."""
     top = scale(values)
@@ -220,10 +218,9 @@ def plot_maps(entries: list[tuple], method: str, classes: list[str], path: Path)
     """Fig. 5: a row per image and class. entries: (subject, class, map)."""
     with _grid(path, len(entries), ["image", method, "overlay"]) as axes:
         for row, (subject, target, values) in zip(axes, entries, strict=True):
-            _name_row(row[0], _words(subject, target, classes))
-            row[0].imshow(_image(subject))
+            _show(row[0], subject.pixels, _words(subject, target, classes))
             draw_map(row[1], values)
-            row[2].imshow(_image(subject))
+            _show(row[2], subject.pixels)
             draw_map(row[2], values, alpha=0.5)
 
 
@@ -231,13 +228,12 @@ def plot_lime(entries: list[tuple], classes: list[str], path: Path, top: int = 5
     """Fig. 6: `top` superpixels for and against. entries: (subject, class, segments, weights)."""
     with _grid(path, len(entries), ["image", "for", "against", "weights"]) as axes:
         for row, (subject, target, segments, weights) in zip(axes, entries, strict=True):
-            _name_row(row[0], _words(subject, target, classes))
-            row[0].imshow(_image(subject))
+            _show(row[0], subject.pixels, _words(subject, target, classes))
             order = np.argsort(weights)
             for axis, chosen in ((row[1], [s for s in order[::-1][:top] if weights[s] > 0]),
                                  (row[2], [s for s in order[:top] if weights[s] < 0])):
                 shown = np.isin(segments, chosen)
-                axis.imshow(np.where(shown[..., None], _image(subject), _image(subject) // 4))
+                _show(axis, np.where(shown, subject.pixels, subject.pixels // 4))
                 if chosen:
                     axis.contour(shown, levels=[0.5], colors="yellow", linewidths=0.8)
             draw_map(row[3], weights[segments])
@@ -266,10 +262,10 @@ def plot_pairs(images, pairs: list, path: Path, count: int = 6) -> None:
     chosen = sorted(pairs, key=lambda p: p.correlation)[::max(1, len(pairs) // count)][:count]
     with _grid(path, max(len(chosen), 1), ["image", "partner"]) as axes:
         for row, pair in zip(axes, chosen, strict=False):
-            for axis, i in zip(row, (pair.i, pair.j), strict=True):
-                axis.imshow(images.pixels[i].permute(1, 2, 0).cpu().numpy())
-            _name_row(row[0], f"{images.paths[pair.i]}\n{images.paths[pair.j]}\noverlap "
-                      f"{pair.overlap:.2f}, r {pair.correlation:.2f}, shift {pair.shift}")
+            text = (f"{images.paths[pair.i]}\n{images.paths[pair.j]}\noverlap "
+                    f"{pair.overlap:.2f}, r {pair.correlation:.2f}, shift {pair.shift}")
+            _show(row[0], images.pixels[pair.i], text)
+            _show(row[1], images.pixels[pair.j])
 
 
 def plot_interventions(images, path: Path) -> None:
@@ -279,5 +275,4 @@ def plot_interventions(images, path: Path) -> None:
         for c, row in enumerate(axes):
             first = images.pixels[int((images.labels == c).nonzero()[0])][None].cpu()
             for axis, names in zip(row, columns.values(), strict=True):
-                axis.imshow(apply(first, names)[0].permute(1, 2, 0).numpy())
-            _name_row(row[0], images.classes[c])
+                _show(axis, apply(first, names)[0], "" if names else images.classes[c])

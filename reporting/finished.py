@@ -73,8 +73,7 @@ def read_units(folder: Path, paths: list[str]) -> tuple[str, np.ndarray] | None:
                  if rows and all(rows.get(path, {}).get(unit) is not None for path in paths)), None)
 
 
-def read_arguments(folder: Path, place: str | None = None,
-                   cache: str | None = None) -> argparse.Namespace:
+def read_arguments(folder: Path, place: str | None, cache: str | None) -> argparse.Namespace:
     """The arguments of a run, to read its images with again. place: the folder where they are now,
     if they were moved. cache: as --cache."""
     arguments = read_run(folder)["arguments"]

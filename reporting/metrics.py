@@ -205,8 +205,9 @@ def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None, n
         kappas = (hits.sum(1) / n - chance) / (1 - chance)
     aucs = np.full((1, 1), np.nan) if p is None else np.stack(
         [resampled_auc(counts, labels == c, p[:, c]) for c in range(num_classes)], 1)
-    return {"macro_f1": percentiles(_row_means(f1)), "kappa": percentiles(kappas),
-            "roc_auc": percentiles(_row_means(aucs)), "reason": None}
+    f1, aucs = (np.ma.masked_invalid(x).mean(1).filled(np.nan) for x in (f1, aucs))
+    return {"macro_f1": percentiles(f1), "kappa": percentiles(kappas),
+            "roc_auc": percentiles(aucs), "reason": None}
 
 
 def resampled_auc(counts: np.ndarray, positive: np.ndarray, score: np.ndarray) -> np.ndarray:
@@ -218,12 +219,6 @@ def resampled_auc(counts: np.ndarray, positive: np.ndarray, score: np.ndarray) -
     below = np.cumsum(down, 1) - down
     with np.errstate(invalid="ignore"):
         return (up * (below + 0.5 * down)).sum(1) / (up.sum(1) * down.sum(1))
-
-
-def _row_means(values: np.ndarray) -> np.ndarray:
-    known = np.isfinite(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, values, 0).sum(1) / known.sum(1)
 
 
 def percentiles(values: np.ndarray) -> dict:

@@ -1,7 +1,6 @@
 """The pieces of a report, in Markdown and on the terminal: numbers, tables, sections."""
 
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 
 from dataset.files import CLASSES
@@ -17,8 +16,8 @@ def markdown(header: list[str], rows: list[list]) -> str:
                                        for x in line) + " |" for line in lines)
 
 
-def summary_rows(results: dict) -> list[list]:
-    """Rows model × part: n, loss, accuracy with interval, macro F1, κ, AUC."""
+def summary(results: dict) -> tuple[list[str], list[list]]:
+    """Header and rows model × part: n, loss, accuracy with interval, macro F1, κ, AUC."""
     rows, unit = [], unit_of(results["best"])
     for which in ("best", "last"):
         for part in ("val", "test"):
@@ -27,10 +26,7 @@ def summary_rows(results: dict) -> list[list]:
             rows.append([f"{which} ({unit} {results[which][unit]})", part, m["n"], show(m["loss"]),
                          show(m["accuracy"]), show(m["macro_f1"]), show(m["kappa"]),
                          show(m["roc_auc"])])
-    return rows
-
-
-SUMMARY = ["model", "part", "n", "loss", "accuracy (95 %)", "macro F1", "kappa", "AUC"]
+    return ["model", "part", "n", "loss", "accuracy (95 %)", "macro F1", "kappa", "AUC"], rows
 
 
 def best_colour_row(results: dict, kind: str) -> dict:
@@ -47,11 +43,8 @@ def print_colour(results: dict) -> None:
               f"{show(top['val'])}, test {show(top['test'])}")
 
 
-MEMBERS = ["part", "training images", "best", "n", "accuracy (95 %)", "macro F1", "kappa", "AUC"]
-
-
-def member_rows(results: dict) -> list[list]:
-    """A row per fold or site, then their mean ± sd, then the pooled predictions if there are."""
+def members(results: dict) -> tuple[list[str], list[list]]:
+    """Header and rows: each fold or site, their mean ± sd, the pooled predictions if there are."""
     keys = ("accuracy", "macro_f1", "kappa", "roc_auc")
     rows = [[m.get("client", m["name"]), m["train"], m["epoch"], m["n"],
              *(show(m[key]) for key in keys)] for m in results["members"]]
@@ -60,17 +53,16 @@ def member_rows(results: dict) -> list[list]:
     if "best" in results:
         m = results["best"]["test"]
         rows.append(["pooled, out of fold", "", "", m["n"], *(show(m[key]) for key in keys)])
-    return rows
+    return ["part", "training images", "best", "n", "accuracy (95 %)", "macro F1", "kappa",
+            "AUC"], rows
 
 
-def client_rows(clients: list[dict | None], names: Iterable) -> list[list]:
-    """A row for each client or hospital: its name, n, accuracy, macro F1."""
-    return [[name, 0, "–", "–"] if m is None else
-            [name, m["n"], show(m["accuracy"]), show(m["macro_f1"])]
-            for name, m in zip(names, clients, strict=False)]
-
-
-CLIENTS = ["n", "accuracy (95 %)", "macro F1"]
+def clients(kind: str, found: list[dict | None], names: list) -> tuple[list[str], list[list]]:
+    """Header and a row for each client or hospital (`kind`): its name, n, accuracy, macro F1."""
+    return [kind, "n", "accuracy (95 %)", "macro F1"], [
+        [name, 0, "–", "–"] if m is None else
+        [name, m["n"], show(m["accuracy"]), show(m["macro_f1"])]
+        for name, m in zip(names, found, strict=False)]
 
 
 MODEL_CARD = """## Model card

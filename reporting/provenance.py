@@ -31,8 +31,7 @@ def machine(device: torch.device) -> dict:
 
 
 def code() -> list[bytes]:
-    """Every source file that a run can depend on. The folders are listed by name, because a virtual
-    environment may stand beside them."""
+    """Every source file that a run can depend on (a virtual environment may stand beside them)."""
     return [p.read_bytes() for room in ("", *ROOMS) for p in sorted((ROOT / room).glob("*.py"))]
 
 

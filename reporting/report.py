@@ -37,7 +37,7 @@ def decoration(file: str = "results.json") -> Iterator[None]:
 
 def print_summary(folder: Path, results: dict) -> None:
     """The table at the end of a run."""
-    print_table(pages.SUMMARY, pages.summary_rows(results))
+    print_table(*pages.summary(results))
     pages.print_colour(results)
     print_place(folder)
 
@@ -132,11 +132,10 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
     shares = []  # FedBN only
     if "clients" in test:
         shares = ["### Each client on its own share of the test part (own BatchNorm)",
-                  markdown(["client", *pages.CLIENTS],
-                           pages.client_rows(test["clients"], images.titles(clients)))]
+                  markdown(*pages.clients("client", test["clients"], images.titles(clients)))]
     pages.write_page(folder, [
         pages.head(folder, run, results), *unit_sections(images, [split], test),
-        f"{chosen}\n\n{markdown(pages.SUMMARY, pages.summary_rows(results))}",
+        f"{chosen}\n\n{markdown(*pages.summary(results))}",
         pages.class_table(test, "best model, test"), *shares, pages.colour_table(results),
         pages.tail(folder, run, twins, test["n"],
              show(pages.best_colour_row(results, "statistics")["test"]))])
@@ -145,7 +144,7 @@ def draw_run(folder: Path, results: dict, history: list[dict], images: Images, s
 # ---- several networks ---------------------------------------------------------------------------
 
 def pool_folds(folder: Path, images: Images, several: dict[str, list[Split]],
-               titles: dict[str, str]) -> dict:
+               titles: dict[str, str]) -> None:
     """Results, curves and report of a run that consists of `several` runs, each in its own folder.
     Means over them with sample standard deviation. Of folds, whose test parts are disjoint,
     every image has one prediction made without it: those are pooled, with intervals. several: by
@@ -160,26 +159,24 @@ def pool_folds(folder: Path, images: Images, several: dict[str, list[Split]],
     results["mean"] = {key: metrics.mean_sd([t[key] for t in tests.values()])
                        for key in metrics.FIGURES}
     drawn = None
-    indices = np.concatenate([s["test"] for each in several.values() for s in each])
-    if not titles and len(set(indices.tolist())) == len(indices):
-        parts = [finished.read_predictions(folder / name) for name in several]
-        rows = {path: x for part in parts for path, x in zip(part.paths, part.logits, strict=True)}
-        indices = np.sort(indices)
+    if not titles:
+        parts = {name: split["test"] for name, (split,) in several.items()}
+        indices = np.sort(np.concatenate(list(parts.values())))
+        found = [finished.read_predictions(folder / name) for name in several]
+        rows = {path: x for one in found for path, x in zip(one.paths, one.logits, strict=True)}
         logits = np.stack([rows[images.paths[i]] for i in indices])
         results["best"] = {"test": measure(images, indices, logits, None)}
         results["colour_only"] = pooled_colour(list(members.values()))
-        tests = {name: split["test"] for name, (split,) in several.items()}
-        finished.write_predictions(folder, images, tests, {
-            name: logits[np.searchsorted(indices, test)] for name, test in tests.items()})
+        finished.write_predictions(folder, images, parts, {
+            name: logits[np.searchsorted(indices, part)] for name, part in parts.items()})
         drawn = logits, images.labels.numpy()[indices]
     write_json(folder / "results.json", results)
-    print_table(pages.MEMBERS, pages.member_rows(results))
+    print_table(*pages.members(results))
     if drawn is not None:
         pages.print_colour(results)
     with decoration():
         draw_pooled(folder, results, images, several, drawn)
     print_place(folder)
-    return results
 
 
 def pooled_colour(members: list[dict]) -> list[dict]:
@@ -197,7 +194,7 @@ def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, 
                 drawn: tuple[np.ndarray, np.ndarray] | None) -> None:
     """Figures and report.md of `pool_folds`. drawn: logits [n, C] and labels [n] of the pooled test
     parts, where they are disjoint."""
-    splits, rows = [s for each in several.values() for s in each], pages.member_rows(results)
+    splits = [s for each in several.values() for s in each]
     histories = [finished.read_history(folder / name) for name, each in several.items()
                  if len(each) == 1]
     if histories:
@@ -205,7 +202,7 @@ def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, 
     run, colour = read_run(folder), "what the report of each part says"
     test = results["best"]["test"] if drawn else {}
     sections = [pages.head(folder, run, results), *unit_sections(images, splits, test),
-                markdown(pages.MEMBERS, rows),
+                markdown(*pages.members(results)),
                 "Each row is a run in the folder of that name, with a report of its own."]
     if drawn is not None:
         figures.plot_confusion(test["confusion"], run["classes"], "out of fold",
@@ -234,31 +231,25 @@ def write_sites(folder: Path, results: dict, told: dict, history: list[dict],
                             for c, x in zip(counts, losses, strict=True)]}
     results |= {"colour_only": [], **budget(history)}
     write_json(folder / "results.json", results)
-    print_table(pages.SUMMARY, pages.summary_rows(results))
-    header = ["site", *pages.CLIENTS]
-    rows = pages.client_rows(results["best"]["test"]["clients"], results["sites"])
-    print_table(header, rows)
+    summary, test = pages.summary(results), results["best"]["test"]
+    sites = pages.clients("site", test["clients"], results["sites"])
+    print_table(*summary)
+    print_table(*sites)
     with decoration():
-        draw_sites(folder, results, history, classes, markdown(header, rows))
+        run = read_run(folder)
+        figures.plot_curves([history], folder / "history.png", "round", results["best"]["round"])
+        figures.plot_confusion(test["confusion"], classes, "best model, test parts of all sites",
+                               folder / "confusion.png")
+        pages.write_page(folder, [
+            f"# {folder.name}",
+            (f"Sites: {results['data']}. {results['images_seen']} training passes in "
+             f"{results['optimizer_steps']} optimiser steps, commit {run['git']}."),
+            "## Results", "Best = lowest validation loss pooled over sites, the earliest on ties.",
+            markdown(*summary),
+            "### Each site on its own test part (best model)", markdown(*sites),
+            pages.class_table(test, "best model, test parts of all sites"),
+            ("Intervals assume independent images. Each site's predictions stay in its own folder; "
+             "what crossed between sites, and what that does not protect, stands in SECURITY.md. "
+             "Research and teaching only, not a medical device."),
+            pages.figures_and_settings(folder, run)])
     print_place(folder)
-
-
-def draw_sites(folder: Path, results: dict, history: list[dict], classes: list[str],
-               table: str) -> None:
-    """Figures and report.md of `write_sites`. table: Markdown, a row for each hospital."""
-    test, run = results["best"]["test"], read_run(folder)
-    figures.plot_curves([history], folder / "history.png", "round", results["best"]["round"])
-    figures.plot_confusion(test["confusion"], classes, "best model, test parts of all sites",
-                           folder / "confusion.png")
-    pages.write_page(folder, [
-        f"# {folder.name}",
-        (f"Sites: {results['data']}. {results['images_seen']} training passes in "
-         f"{results['optimizer_steps']} optimiser steps, commit {run['git']}."),
-        "## Results", "Best = lowest validation loss pooled over sites, the earliest on ties.",
-        markdown(pages.SUMMARY, pages.summary_rows(results)),
-        "### Each site on its own test part (best model)", table,
-        pages.class_table(test, "best model, test parts of all sites"),
-        ("Intervals assume independent images. Each site's predictions stay in its own folder; "
-         "what crossed between sites, and what that does not protect, stands in SECURITY.md. "
-         "Research and teaching only, not a medical device."),
-        pages.figures_and_settings(folder, run)])

@@ -26,7 +26,7 @@ from dataset.files import say_passed
 from dataset.splits import Split
 from models import read_file, save
 from reporting.provenance import git_commit, launcher, machine, restarts
-from reporting.tables import read_split, write_split, write_text
+from reporting.tables import check_split, write_split, write_text
 
 try:
     import fcntl
@@ -48,8 +48,7 @@ def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Names
           argv: list[str] | None) -> argparse.Namespace:
     """Parse the flags of a trainer. With --resume, every flag has the value that the run recorded.
     groups: functions that add flags to the parser. defaults: what some flags (no --data, --like)
-    set for others that are not given. Raises InputError for a folder that is no run, and for a
-    flag whose value differs from the recorded one."""
+    set for others that are not given. InputError for a folder of no run, and flags that differ."""
     parser = make_parser(description)
     for add_group in (*groups, add_arguments):
         add_group(parser)
@@ -70,8 +69,7 @@ def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Names
         again = vars(parser.parse_args(argv))
         for name, value in recorded.items():
             # of what was moved, the images and the split decide
-            if again[name] != value and not (
-                    name in PATHS and name != "weights" and value):
+            if again[name] != value and (name not in PATHS or name == "weights" or not value):
                 raise InputError(f"--resume {args.resume}: --{name.replace('_', '-')} is "
                                  f"{value} there, not {again[name]}")
         if args.out is not None:
@@ -128,8 +126,7 @@ def write_json(path: Path, content: dict) -> None:
 
 @contextmanager
 def made(out: str | None, default: str) -> Iterator[Path]:
-    """Make the folder that --out names, or the default one with a number if the name is taken. It
-    is gone again if the work in it fails or is stopped."""
+    """Make the folder --out, or the default, numbered; gone again if its work fails or stops."""
     base = Path(out or default)
     for number in itertools.count(1):
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
@@ -149,8 +146,7 @@ def made(out: str | None, default: str) -> Iterator[Path]:
 
 def write_run(folder: Path, args: argparse.Namespace, script: str, images: Images,
               device: torch.device, part_of: str | None = None) -> None:
-    """Write run.json: everything that made the run what it is. part_of: the name of the larger
-    run that this one is a fold, a client or a hospital of."""
+    """Write run.json. part_of: the name of the run that this is a fold, client or hospital of."""
     write_json(folder / "run.json", {
         "script": f"train_{script}.py", "part_of": part_of, "argv": args.argv,
         "arguments": {k: v for k, v in vars(args).items() if k not in UNRECORDED} | {
@@ -191,10 +187,7 @@ def start_or_resume(folder: Path, images: Images, split: Split, clients: list[np
                     start: dict) -> dict:
     """The checkpoint to go on from. A new run begins with its split and its start on disk."""
     if (folder / "last.pt").exists():
-        there, owners, _ = read_split(folder, images)
-        if any(not np.array_equal(there[part], split[part]) for part in split) or any(
-                not np.array_equal(a, b) for a, b in zip(owners, clients, strict=False)):
-            raise InputError(f"{folder}: the flags and the table here do not give its split")
+        check_split(folder, images, split, clients or None)
         checkpoint = read_file(folder / "last.pt")
         write_history(folder, checkpoint["history"])  # later lines will be written again
         return checkpoint

@@ -70,3 +70,15 @@ def read_split(folder: Path, images: Images) -> tuple[Split, list[np.ndarray], l
     names = sorted(set(owners[split["train"]].tolist()) - {""}, key=by_name)
     return split, [np.intersect1d(split["train"], np.flatnonzero(owners == name))
                    for name in names], names
+
+
+def check_split(folder: Path, images: Images, split: Split,
+                clients: list[np.ndarray] | None = None) -> tuple[list[np.ndarray], list[str]]:
+    """The clients of a run and their names. InputError where split.csv has another split than this,
+    or other clients than these, where given (that have images)."""
+    there, owned, names = read_split(folder, images)
+    given = owned if clients is None else [own for own in clients if len(own)]
+    if not all(np.array_equal(there[part], split[part]) for part in split) or (
+            [own.tolist() for own in owned] != [own.tolist() for own in given]):
+        raise InputError(f"{folder}: the flags and the table here do not give its split or clients")
+    return owned, names

@@ -51,7 +51,7 @@ def recompressed(array, quality):
 # ---- duplicates -------------------------------------------------------------------------------
 
 def test_unrelated_images_are_no_duplicates(fields):
-    assert duplicates.near_duplicates(stack([f[:128, :128] for f in fields]), progress=False) == []
+    assert duplicates.near_duplicates(stack([f[:128, :128] for f in fields])) == []
 
 
 def test_planted_copies_shifts_and_recompressions_are_found_and_nothing_else(fields):
@@ -59,7 +59,7 @@ def test_planted_copies_shifts_and_recompressions_are_found_and_nothing_else(fie
     planted = [fields[0][:128, :128], recompressed(fields[1][:128, :128], 30),
                fields[2][20:148, 12:140], fields[3][0:128, 32:160],
                recompressed(fields[4][32:160, 30:158], 60)]
-    pairs = duplicates.near_duplicates(stack(base + planted), progress=False)
+    pairs = duplicates.near_duplicates(stack(base + planted))
     assert [(p.i, p.j) for p in pairs] == [(k, 12 + k) for k in range(5)]
     assert [p.shift for p in pairs] == [(0, 0), (0, 0), (20, 12), (0, 32), (32, 30)]
     assert all(p.correlation > 0.9 for p in pairs)
@@ -70,7 +70,7 @@ def test_the_strip_of_the_scale_bar_makes_no_pair(fields):
     marked = [f[:128, :128].copy() for f in fields]
     for image in marked:
         image[116:, 80:] = 0
-    assert duplicates.near_duplicates(stack(marked), progress=False) == []
+    assert duplicates.near_duplicates(stack(marked)) == []
     assert duplicates.grey(torch.zeros(2, 3, 100, 9, dtype=torch.uint8)).shape == (2, 88, 9)
 
 
@@ -116,18 +116,18 @@ def test_a_picture_of_one_grey_correlates_with_nothing(monkeypatch):
 def test_every_pair_is_compared_whatever_the_block(fields, monkeypatch, block):
     monkeypatch.setattr(duplicates, "BLOCK", block)
     a, b = fields[0][:128, :128], fields[1][:128, :128]
-    found = duplicates.candidates(stack([a, b, a, b, b]), progress=False)
+    found = duplicates.candidates(stack([a, b, a, b, b]))
     assert [pair[:2] for pair in found] == [(0, 2), (1, 3), (1, 4), (3, 4)]
     assert all(peak == pytest.approx(1, abs=0.01) for _, _, peak in found)
-    (pair,) = duplicates.candidates(stack([a, a]), progress=False)
+    (pair,) = duplicates.candidates(stack([a, a]))
     assert pair[:2] == (0, 1)
     for more, kept in ((0, True), (1e-6, False)):  # the threshold itself is reached
         monkeypatch.setattr(duplicates, "PEAK", pair[2] + more)
-        assert (duplicates.candidates(stack([a, a]), progress=False) == [pair]) == kept
+        assert (duplicates.candidates(stack([a, a])) == [pair]) == kept
 
 
 def test_a_pair_correlates_by_the_threshold_at_least(monkeypatch):
-    monkeypatch.setattr(duplicates, "candidates", lambda pixels, progress: [(0, 1, 0.5), (0, 2, 1)])
+    monkeypatch.setattr(duplicates, "candidates", lambda pixels: [(0, 1, 0.5), (0, 2, 1)])
     found = iter([((1, 2), 0.75, 0.6), ((0, 0), 1.0, 0.5999)])
     monkeypatch.setattr(duplicates, "register", lambda a, b: next(found))
     assert duplicates.near_duplicates(toy_images(3).pixels) == [

@@ -186,9 +186,8 @@ def test_groups_are_those_of_the_table_which_must_name_every_image():
     rows = dict(reversed(whole.items()))  # in any order
 
     def groups(rows, *columns):
-        found = audit.read_groups(table.Table("--table t.csv", ("path", *columns), rows), None,
-                                  images)
-        return np.unique(found, return_index=True)[1][found].tolist()  # each by its first image
+        listed = table.Table("--table t.csv", ("path", *columns), rows)
+        return audit.read_groups(listed, None, images).tolist()  # each named by its first image
     assert groups(rows, "patient", "group") == [0, 1, 0, 1, 4]
     assert groups(rows, "patient") == [0, 1, 0, 3, 4]
     assert groups(rows, "group") == [0, 1, 2, 1, 4]
@@ -198,7 +197,7 @@ def test_groups_are_those_of_the_table_which_must_name_every_image():
     assert groups(rows, "patient") == [0, 1, 0, 3, 4]
     images.known["patient"] = np.array(list("ABA") + ["", ""])  # what the run itself knew
     found = audit.read_groups(None, argparse.Namespace(data=None), images)
-    assert np.unique(found, return_index=True)[1][found].tolist() == [0, 1, 0, 3, 4]
+    assert found.tolist() == [0, 1, 0, 3, 4]
     del rows[images.paths[3]]
     with pytest.raises(InputError, match=r"t.csv: 1 image\(s\) of .* not in it: c0/003.png"):
         groups(rows, "patient")

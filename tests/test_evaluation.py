@@ -19,8 +19,10 @@ def losses(*values):
 
 
 def test_validation_is_a_mean_over_images():
-    assert evaluation.validation([4, 3, 2.0]) == {"val_loss": 0.5, "val_accuracy": 0.75}
-    assert evaluation.validation([0, 0, 0.0]) == {"val_loss": None, "val_accuracy": None}
+    for tally, loss, accuracy in (([4, 3, 2.0], 0.5, 0.75), ([0, 0, 0.0], None, None)):
+        assert evaluation.make_record({"round": 1}, tally, {"images": 6}, 3.0) == {
+            "round": 1, "val_loss": loss, "val_accuracy": accuracy, "images": 6, "seconds": 3.0,
+            "images_per_second": 2}
 
 
 def test_a_tally_is_the_number_the_hits_and_the_sum_of_losses():

@@ -20,7 +20,7 @@ from fedavg import Recipe
 from reporting import run_folder
 from training import experiment
 from training.processes import Job
-from training.recipe import add_arguments, make_recipe
+from training.recipe import add_recipe_arguments, make_recipe
 
 RUN = '{"script": "train_federated.py", "arguments": {}, "fingerprint": "OF"}'
 
@@ -53,7 +53,7 @@ def test_the_recipe_of_the_paper_is_that_of_the_flags_by_default():
     ("--label-smoothing", "1", "1.1")])
 def test_flags_of_local_training_end_where_they_mean_nothing(capsys, flag, lowest, below):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_recipe_arguments(parser)
     args = parser.parse_args([flag, lowest])
     assert getattr(args, flag[2:].replace("-", "_")) == float(lowest)
     with pytest.raises(SystemExit):

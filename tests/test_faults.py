@@ -25,7 +25,7 @@ import train_federated
 from auditing import probes
 from dataset import splits
 from explaining import faithfulness
-from reporting import architecture, report, run_folder
+from reporting import architecture, report, run_folder, tables
 
 QUICK = ["--samples", "20", "--steps", "2", "--lime-seeds", "2"]
 
@@ -208,7 +208,7 @@ def test_results_of_sites_are_there_before_the_report(run, tmp_path, monkeypatch
     told = {which: {part: [[own[which][part][key] for key in ("confusion", "n", "loss")]]
                     for part in ("val", "test")} for which in ("last", "best")}
     results = {"data": "N", "sites": ["N"], "last": {"round": 1}, "best": {"round": 1}}
-    monkeypatch.setattr(report, "draw_sites", full)
+    monkeypatch.setattr(report, "read_run", full)
     report.write_sites(tmp_path, results, told, [],
                        list(own["best"]["test"]["per_class"]))
     found = json.loads((tmp_path / "results.json").read_text())
@@ -236,7 +236,7 @@ def test_a_damaged_split_is_one_line(run, tmp_path, content):
     images = data.read_folder(str(run[1]), 32)
     (tmp_path / "split.csv").write_text(content)
     with pytest.raises(InputError, match="split.csv: damaged"):
-        run_folder.read_split(tmp_path, images)
+        tables.read_split(tmp_path, images)
 
 
 def test_results_of_another_program_are_one_line(tmp_path):

@@ -68,11 +68,11 @@ def test_the_summary_has_a_row_for_each_model_and_part_that_there_is():
     results = {"best": {"epoch": 2, "val": scored(), "test": scored(0.0)},
                "last": {"epoch": 3, "val": None, "test": scored(None)}}
     rest = ["0.4000", "–", "1.0000"]
-    assert pages.summary_rows(results) == [
+    header, rows = pages.summary(results)
+    assert len(header) == 8 and rows == [
         ["best (epoch 2)", "val", 7, "1.2500", "0.5000 (0.2500–0.7500)", *rest],
         ["best (epoch 2)", "test", 7, "1.2500", "0.0000 (0.2500–0.7500)", *rest],
         ["last (epoch 3)", "test", 7, "1.2500", "–", *rest]]
-    assert len(pages.SUMMARY) == 8
 
 
 def test_the_table_of_members_ends_in_their_mean_and_the_pooled_predictions():
@@ -84,14 +84,15 @@ def test_the_table_of_members_ends_in_their_mean_and_the_pooled_predictions():
     figures = ["0.5000 (0.2500–0.7500)", "0.4000", "–", "1.0000"]
     expected = [["fold1", 30, 4, 7, *figures], ["NORTH", 30, 4, 7, *figures],
                 ["mean ± sd of 2", "", "", "", *["0.5000 ± 0.1000"] * 4]]
-    assert pages.member_rows(results) == expected and len(pages.MEMBERS) == 8
+    assert pages.members(results)[1] == expected and len(pages.members(results)[0]) == 8
     results["best"] = {"test": scored(0.25, n=14)}
-    assert pages.member_rows(results) == [
+    assert pages.members(results)[1] == [
         *expected, ["pooled, out of fold", "", "", 14, "0.2500 (0.2500–0.7500)", *figures[1:]]]
 
 
 def test_a_client_without_an_image_in_the_part_has_a_row_of_dashes():
-    assert pages.client_rows([None, scored()], ["a", "b"]) == [
+    header, rows = pages.clients("site", [None, scored()], ["a", "b"])
+    assert header[0] == "site" and rows == [
         ["a", 0, "–", "–"], ["b", 7, "0.5000 (0.2500–0.7500)", "0.4000"]]
 
 

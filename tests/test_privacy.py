@@ -446,7 +446,7 @@ def test_the_models_trained_alone_must_be_of_the_same_split_and_budget(runs, tmp
         measure(*plain, alone)
     place = alone / "client1" / "split.csv"
     place.write_text(place.read_text("utf-8").replace(",train,", ",val,", 1), "utf-8")
-    with pytest.raises(InputError, match="another split, or other clients"):
+    with pytest.raises(InputError, match="do not give its split or clients"):
         measure(*plain, alone)
     with pytest.raises(InputError, match="hospitals alone"):
         measure(alone)

@@ -80,15 +80,15 @@ def test_few_false_alarms_are_counted_at_zero_and_one_in_a_hundred():
     one = np.r_[np.arange(200), 99.5 + 97.5, 99.5 + 99.5, 99.5 + 99.75]
     score = np.r_[one, one + 1000]
     member = np.tile(np.r_[np.zeros(200), np.ones(3)], 2).astype(bool)
-    zero, four = membership.rates(score, member, ~member, labels)
+    zero, four = membership.rates(*membership.caught(score, member, ~member, labels))
     assert (zero["false_positives"], zero["hits"], zero["members"]) == (0, 2, 6)
     assert (four["false_positives"], four["hits"], four["n"]) == (4, 4, 400)
     assert four["value"] == 4 / 6
     assert (four["low"], four["high"]) == pytest.approx((0.222778, 0.956728), abs=5e-7)
     rows = privacy_page.rate_rows("A1", [zero, four])
     assert rows[-1][1:3] == ["0.1%", "not resolvable below 1/400 = 0.0025"]
-    few = membership.rates(score[:203], member[:203], ~member[:203] & (score[:203] > 150),
-                           labels[:203])
+    few = membership.rates(*membership.caught(
+        score[:203], member[:203], ~member[:203] & (score[:203] > 150), labels[:203]))
     assert [r["false_positives"] for r in few] == [0]
     assert privacy_page.rate_rows("A1", few)[-1][1] == "1.0%, 0.1%"
 
@@ -285,9 +285,9 @@ def test_without_hospitals_all_training_images_are_those_of_number_0():
 
 def test_rates_need_images_on_both_sides():
     score, some, none = np.arange(4.), np.array([True, True, False, False]), np.zeros(4, bool)
-    assert membership.rates(score, none, some, np.zeros(4, int)) == []
-    assert membership.rates(score, some, none, np.zeros(4, int)) == []
-    assert len(membership.rates(score, some, ~some, np.zeros(4, int))) == 1
+    for member, outside, count in ((none, some, 0), (some, none, 0), (some, ~some, 1)):
+        found = membership.caught(score, member, outside, np.zeros(4, int))
+        assert len(membership.rates(*found)) == count
 
 
 def test_the_curve_is_the_mean_share_caught_over_targets():
@@ -410,11 +410,11 @@ def test_a_split_or_clients_other_than_those_of_the_folder_are_refused(monkeypat
     split = {"train": np.arange(4), "val": np.array([4]), "test": np.array([5])}
     clients = [np.array([0, 1]), np.array([2, 3])]
     monkeypatch.setattr(privacy.tables, "read_split", lambda *a: (split, clients, ["0", "1"]))
-    privacy.check_split(Path(), None, split, clients)
+    privacy.tables.check_split(Path(), None, split, clients)
     for changed, dealt_anew in ((split | {"val": np.array([5])}, clients), (split, clients[::-1]),
                                 (split, clients[:1])):
-        with pytest.raises(InputError, match="another split, or other clients"):
-            privacy.check_split(Path(), None, changed, dealt_anew)
+        with pytest.raises(InputError, match="do not give its split or clients"):
+            privacy.tables.check_split(Path(), None, changed, dealt_anew)
 
 
 @pytest.mark.parametrize(("folds", "place"), [({}, "run"), ({"folds": 1}, "run"),

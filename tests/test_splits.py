@@ -2,6 +2,7 @@
 
 from checks import InputError
 
+import argparse
 import hashlib
 import os
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from dataset import splits
+from dataset.images import Images
+from dataset.parts import deal_part
 
 ROOT = Path(__file__).parent.parent  # not from helpers, which would load the whole house again
 PAPER = np.repeat(np.arange(4), (504, 985, 963, 804))  # ImageFolder order of the 3,256 images
@@ -204,7 +207,8 @@ def test_validation_is_dealt_like_training():
     labels = np.repeat([0, 1], 100)
     clients = [np.arange(0, 60), np.concatenate([np.arange(60, 80), np.arange(100, 150)])]
     val = np.concatenate([np.arange(80, 100), np.arange(180, 200)])
-    parts = splits.deal_like(labels, val, clients, 0)
+    images = Images(None, torch.from_numpy(labels), [], ["a", "b"], [], "x")
+    parts = deal_part(argparse.Namespace(partition="iid", split_seed=0), images, val, clients)
     assert np.array_equal(np.sort(np.concatenate(parts)), val)
     assert [np.bincount(labels[p], minlength=2).tolist() for p in parts] == [[15, 0], [5, 20]]
     again = splits.deal(labels, val, np.array([[60, 20], [0, 50]]), np.random.default_rng([0, 99]))

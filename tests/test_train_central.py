@@ -366,10 +366,12 @@ def test_central_training_is_refused_under_torchrun(monkeypatch):
 
 
 def test_a_line_of_an_epoch_by_hand():
-    record = {"loss": 0.7, "accuracy": 0.5, "images": 58, "steps": 8, "skipped_steps": 1}
-    assert train_central.make_record(3, 0.1, record, [8, 6, 4.0], 2.0) == {
+    training = {"train_loss": 0.7, "train_accuracy": 0.5, "images": 58, "steps": 8,
+                "skipped_steps": 1}
+    when = {"epoch": 3, "lr": 0.1}
+    assert evaluation.make_record(when, [8, 6, 4.0], training, 2.0) == {
         "epoch": 3, "lr": 0.1, "val_loss": 0.5, "val_accuracy": 0.75, "train_loss": 0.7,
         "train_accuracy": 0.5, "images": 58, "steps": 8, "skipped_steps": 1, "seconds": 2.0,
         "images_per_second": 29}
-    unseen = train_central.make_record(3, 0.1, record, [0, 0, 0.0], 2.0)
+    unseen = evaluation.make_record(when, [0, 0, 0.0], training, 2.0)
     assert unseen["val_loss"] is unseen["val_accuracy"] is None

@@ -52,11 +52,12 @@ class Evaluation:
 
 # ---- selection, schedule, stopping: functions of the history ------------------------------------
 
-def validation(tally: list) -> dict:
-    """Validation loss and accuracy of a tally, as a record of the history has them; null where
-    there is no validation part."""
+def make_record(when: dict, tally: list, training: dict, seconds: float) -> dict:
+    """One line of history.jsonl. What is not finite, or not validated, is None (in JSON null)."""
     n, hits, loss = tally
-    return {"val_loss": loss / n if n else None, "val_accuracy": hits / n if n else None}
+    return without_nan({
+        **when, "val_loss": loss / n if n else None, "val_accuracy": hits / n if n else None,
+        **training, "seconds": seconds, "images_per_second": training["images"] / seconds})
 
 
 def without_nan(record: dict) -> dict:
@@ -97,8 +98,7 @@ def plateau_lr(history: list[dict], lr: float, patience: int = 5, factor: float 
 
 def bundle(args: argparse.Namespace, model: torch.nn.Module, classes: list[str],
            checkpoint: dict) -> dict:
-    """The content of model.pt for a checkpoint: loads with weights_only=True, and suffices to use
-    the network on new images."""
+    """The content of model.pt: loads with weights_only=True, and suffices for new images."""
     unit, head = run_folder.unit_of(checkpoint), models.head_name(model)
     return {"state": {key: value.cpu() for key, value in checkpoint["state"].items()},
             "model": args.model, "classes": list(classes),

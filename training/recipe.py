@@ -21,7 +21,7 @@ AUGMENTATIONS = {"paper": Augmentation(), "translate": Augmentation(translation=
 TOO_SMALL_FOR_BF16 = 16
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of local training, shared by both trainers."""
     add = parser.add_argument_group("local training").add_argument
     add("--batch-size", type=integer(1), default=32, help="images a step (default 32)")
@@ -51,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def make_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
     """The recipe that the flags describe, precision resolved for `device`; its class weights are
-    filled in later, from the training part. Raises InputError for `--amp bf16` where its gradients
-    would be wrong; `auto` is float32 there."""
+    filled in later. InputError where `--amp bf16` has wrong gradients; `auto` is float32 there."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
     dtype = models.pick_precision(args.amp, device)
     if dtype == torch.bfloat16 and device.type == "cpu" and args.image_size <= TOO_SMALL_FOR_BF16:
