@@ -212,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--exact", action="store_true", help="float32, nothing folded")
     add("--calibrate", action="store_true", help="temperature scaling, fitted on the run's "
         "validation part and stored with the run")
-    add("--map", metavar="JSON", help="folder name → class of the run, or Malignant and Benign")
+    add("--map", metavar="JSON", help="folder name → class of the run, or Malignant and Benign "
+        "(Malignant: all other classes, their probabilities summed)")
     table.add_arguments(add)
     inference.add_arguments(parser)
     args = parser.parse_args(argv)
