@@ -8,6 +8,7 @@ import itertools
 import json
 import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,6 +278,22 @@ def test_the_committed_comparison_of_seeds_is_what_their_predictions_give(tmp_pa
     assert told == json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert [sum(m[key] for m in told["tests"][0]["mcnemar"]) for key in ("a_only", "b_only")] == [
         3, 2]
+
+
+@pytest.mark.parametrize(("name", "runs"), [
+    ("recalibrate-comparison", ["folds-dirichlet-recalibrate", "folds-fedavg-dirichlet",
+                                "folds-fedavg-iid", "folds-central", "folds-central-batch128"]),
+    ("dirichlet-fold1-comparison", ["folds-fedavg-dirichlet/fold1",
+                                    "folds-dirichlet-recalibrate/fold1", "fold1-dirichlet-*"]),
+    ("stain-fold1-comparison", ["folds-fedavg-stain/fold1", "fold1-stain-*"])])
+def test_the_committed_comparisons_of_remedies_are_what_their_predictions_give(
+        tmp_path, monkeypatch, name, runs):
+    monkeypatch.chdir(ROOT)
+    runs = [str(found) for run in runs for found in sorted(Path("results").glob(run))]
+    compare.main([*runs, "--out", str(tmp_path / "c")])
+    told = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    assert told == json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert len(told["tests"]) == len(runs) * (len(runs) - 1) / 2
 
 
 @pytest.mark.parametrize("name", ["alone-iid-10x5-seed0", "alone-iid-10x5-seed1", "folds-alone"])
