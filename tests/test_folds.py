@@ -285,7 +285,8 @@ def test_the_committed_comparison_of_seeds_is_what_their_predictions_give(tmp_pa
                                 "folds-fedavg-iid", "folds-central", "folds-central-batch128"]),
     ("dirichlet-fold1-comparison", ["folds-fedavg-dirichlet/fold1",
                                     "folds-dirichlet-recalibrate/fold1", "fold1-dirichlet-*"]),
-    ("stain-fold1-comparison", ["folds-fedavg-stain/fold1", "fold1-stain-*"])])
+    ("stain-fold1-comparison", ["folds-fedavg-stain/fold1", "fold1-stain-*"]),
+    ("iid-fold1-comparison", ["folds-fedavg-iid/fold1", "fold1-iid-*"])])
 def test_the_committed_comparisons_of_remedies_are_what_their_predictions_give(
         tmp_path, monkeypatch, name, runs):
     monkeypatch.chdir(ROOT)
