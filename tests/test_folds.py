@@ -280,6 +280,20 @@ def test_the_committed_comparison_of_seeds_is_what_their_predictions_give(tmp_pa
         3, 2]
 
 
+def test_the_models_of_the_last_round_are_told_as_they_are():
+    """Of the run that the text names: right answers out of 3,256, over the folds."""
+    page = " ".join((ROOT / "docs" / "results.md").read_text("utf-8").split())
+    for name, words in (
+            ("fedavg-iid", "FedAvg IID 3215"), ("central", "the centre 3213"),
+            ("central-batch128", "at batch 128 3217"), ("fedavg-dirichlet", "Dirichlet 3196"),
+            ("fedavg-stain", "by staining 3202"),
+            ("dirichlet-recalibrate", "(3226 right to 3196)")):
+        tests = [results(ROOT / "results" / f"folds-{name}" / f"fold{k}")["last"]["test"]
+                 for k in range(1, 6)]
+        hits = sum(round(test["accuracy"]["value"] * test["n"]) for test in tests)
+        assert str(hits) in words and words in page
+
+
 @pytest.mark.parametrize(("name", "runs"), [
     ("recalibrate-comparison", ["folds-dirichlet-recalibrate", "folds-fedavg-dirichlet",
                                 "folds-fedavg-iid", "folds-central", "folds-central-batch128"]),
