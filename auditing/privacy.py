@@ -97,8 +97,7 @@ def prepare(folder: Path, alone: str | None, replay: bool, place: str | None = N
     try:
         case.run = experiment.prepare(case.args, Job(), {})
     except InputError as error:
-        hint = " (images that were moved: --data DIR)" * str(error).startswith("--data")
-        raise InputError(f"{error}{hint}") from None
+        raise finished.where_now(error) from None
     run_folder.check_images(folder, case.run.images)
     for name, split in case.run.several.items():
         tables.check_split(folder / name, case.run.images, split, case.run.clients.get(name, []))

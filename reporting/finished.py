@@ -83,12 +83,17 @@ def read_arguments(folder: Path, place: str | None, cache: str | None) -> argpar
     return argparse.Namespace(**arguments | moved)
 
 
+def where_now(error: InputError) -> InputError:
+    """The error; of images that are not there, with the flag that says where they are now."""
+    moved = str(error).startswith("--data")
+    return InputError(f"{error} (images that were moved: --data DIR)" if moved else str(error))
+
+
 def load_images(folder: Path, place: str | None = None,
                 cache: str | None = None) -> tuple[dict, Images]:
     """run.json of a run, and the images that it was made with, read again."""
     try:
         images = load(read_arguments(folder, place, cache))
     except InputError as error:
-        hint = " (images that were moved: --data DIR)" * str(error).startswith("--data")
-        raise InputError(f"{error}{hint}") from None
+        raise where_now(error) from None
     return check_images(folder, images), images
