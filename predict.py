@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import models
 from dataset import interventions, table
-from dataset.files import CLASS_NAMES, decode_all, find_files, say_passed
+from dataset.files import CLASS_NAMES, composed, decode_all, find_files, say_passed
 from reporting import finished, inference, metrics, run_folder, tables, terminal
 
 MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
@@ -59,11 +59,12 @@ def read_map(path: str | None, classes: list[str]) -> dict[str, str]:
     """Folder name, in lower case → class: the run's own, the public layouts' names, or --map."""
     if path is None:
         public = {k: v for k, v in CLASS_NAMES.items() if v in classes}
-        own, lower = {c: c for c in classes}, {c.lower(): c for c in classes}
+        own, lower = {composed(c): c for c in classes}, {composed(c).lower(): c for c in classes}
         # names that differ by case alone must be met exactly
         return public | (lower if len(lower) == len(own) else {}) | own
     try:
-        given = {k.lower(): v for k, v in json.loads(Path(path).read_text("utf-8")).items()}
+        text = composed(Path(path).read_text("utf-8"))
+        given = {k.lower(): v for k, v in json.loads(text).items()}
     except (ValueError, AttributeError):
         raise InputError(f"--map {path}: not a JSON object of folder name: class") from None
     binary = "Malignant" in given.values() and "Malignant" not in classes
@@ -82,7 +83,7 @@ def label_of(file: Path, root: Path | None, names: dict[str, str]) -> str:
     if root is None:
         return ""
     parts = [root.resolve().name, *file.relative_to(root).parent.parts]
-    meant = (names.get(part, names.get(part.lower())) for part in reversed(parts))
+    meant = (names.get(part, names.get(part.lower())) for part in map(composed, reversed(parts)))
     return next(filter(None, meant), "")
 
 
@@ -97,7 +98,8 @@ def from_table(listed: table.Table, args, files: list[Path],
     if unlisted and not args.skip_unlisted:
         raise listed.wrong("image(s) are not in it (--skip-unlisted goes on without)", unlisted)
     labels = {i: row["label"] for i, row in rows.items()}
-    known = {i: names.get(text, names.get(text.lower(), "")) for i, text in labels.items()}
+    known = {i: names.get(composed(text), names.get(composed(text).lower(), ""))
+             for i, text in labels.items()}
     if foreign := sorted({text for i, text in labels.items() if text and not known[i]}):
         warn(f"note: {listed.name}: label(s) that the run does not know: {', '.join(foreign)}")
     return [files[i] for i in sorted(rows)], [known[i] for i in sorted(rows)]
@@ -231,7 +233,9 @@ def main(argv: list[str] | None = None) -> None:
             *trained.classes})
         if figures is not None:
             run_folder.write_json(out.with_suffix(".json"), figures)
-    print(f"{len(files) - len(bad)} images to {out}" + (f", temperature {t:.3f}" if t != 1 else ""))
+    print(f"{len(files) - len(bad)} images to {out}" + (f", temperature {t:.3f}" if t != 1 else "")
+          + (", none in a folder named after a class of the run" if figures is None and any(
+              root and file.parent != root for file, root in found) else ""))
     if figures is not None:
         unlabelled = len(files) - len(bad) - figures["n"]
         terminal.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[

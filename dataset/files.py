@@ -5,6 +5,7 @@ from checks import InputError, warn
 import contextlib
 import hashlib
 import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ SERVICE = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume info
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is hidden, or a service folder: nobody meant it as images."""
     return name.startswith(".") or name.lower() in SERVICE
+
+
+def composed(name: str) -> str:
+    """The name with ä as one sign: macOS writes it as two, and other names would not be equal."""
+    return unicodedata.normalize("NFC", name)
 
 
 @dataclass
@@ -135,15 +141,18 @@ def find_class_folders(root: Path, classes: list[str] | None = None) -> dict[str
     if folders[0].name.lower() in PARTS:
         raise InputError(f"--data {root}: parts of a given split where classes should be")
     names = class_names([p.name for p in folders], classes, f"--data {root}")
+    inside = [sorted(q.name for q in p.iterdir() if q.is_dir()) for p in folders]
+    if len(inside) > 1 < len(inside[0]) and all(inner == inside[0] for inner in inside):
+        warn(f"note: --data {root}: {', '.join(inside[0])} in each class are not taken for classes")
     return dict(sorted((names[p.name], p) for p in folders))
 
 
 def class_names(given: list[str], classes: list[str] | None, where: str) -> dict[str, str]:
     """The class that each of these names means: those of the public layouts have names of their
     own. Raises InputError for one class only, or for one that `classes` does not have."""
-    names = {name: CLASS_NAMES.get(name.lower(), name) for name in given}
+    names = {name: CLASS_NAMES.get(name.lower(), composed(name)) for name in given}
     if not set(names.values()) <= set(classes or CLASSES) or len(set(names.values())) < len(given):
-        names = {name: name for name in given}
+        names = {name: composed(name) for name in given}
     unknown = sorted(set(names.values()) - set(classes or names.values()))
     if unknown:
         raise InputError(f"{where}: unknown class {unknown[0]}; the federation has "

@@ -6,6 +6,7 @@ beyond that of the data set. Every function returns sorted int64 arrays, so that
 
 from checks import InputError, warn
 
+import math
 import re
 
 import numpy as np
@@ -55,11 +56,14 @@ def make_split(kind: str, labels: np.ndarray, seed: int, *, paths: list[str] | N
 
 
 def _stratified(indices: np.ndarray, labels: np.ndarray | None, size: float, seed: int):
-    """The rest, and a part of this size or share; without labels it is drawn at random."""
+    """The rest, and a part of this size or share; without labels it is drawn at random, with them
+    it has at least as many images as there are classes."""
     from sklearn.model_selection import train_test_split  # here: most runs need none
+    if labels is not None:
+        labels, size = labels[indices], math.ceil(size * len(indices)) if size < 1 else size
+        size = max(size, len(set(labels)))
     try:
-        return train_test_split(indices, test_size=size, random_state=seed,
-                                stratify=None if labels is None else labels[indices])
+        return train_test_split(indices, test_size=size, random_state=seed, stratify=labels)
     except ValueError as error:
         raise InputError(f"a class is too small for a stratified split: {error}") from None
 
@@ -226,9 +230,10 @@ def partition(kind: str, labels: np.ndarray, train: np.ndarray, clients: int, se
 
     labels: int64 [n] of the whole set; train: indices into it. `iid`: equal shuffled parts, the
     remainder to the last (section 3.6; 651/651/651/653). `dirichlet`: each class dealt by
-    Dir(alpha) over clients (Hsu et al. 2019, arXiv 1909.06335), redrawn until no client is empty.
-    `dirichlet-equal`: sizes as iid, each client's class mix drawn from Dir(alpha). `shards`: every
-    client holds exactly `classes_per_client` classes. InputError where that cannot be done."""
+    Dir(alpha) over clients (Yurochkin et al. 2019, arXiv 1905.12022), redrawn until none is empty.
+    `dirichlet-equal`: sizes as iid, each client's class mix drawn from Dir(alpha) (Hsu et al. 2019,
+    arXiv 1909.06335, from equal class shares). `shards`: every client holds exactly
+    `classes_per_client` classes. InputError where that cannot be done."""
     if clients > len(train):
         raise InputError(f"{clients} clients are more than the {len(train)} training images")
     rng = np.random.default_rng([seed, PARTITIONS.index(kind)])

@@ -17,10 +17,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.files import PARTS, Found, class_names
+from dataset.files import PARTS, Found, class_names, composed
 from dataset.images import UNITS
 
 COLUMNS = ("path", "label", "patient", "group", "split", "client")
+UNKNOWN = {"NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NULL", "null"}  # as R, pandas, Excel write
 WORDS = PARTS | {"dropped": "dropped", "val+test": "val+test"}  # and those of split.csv
 
 
@@ -55,15 +56,16 @@ def chosen(args: argparse.Namespace) -> Table | None:
 
 
 def read(path: str, headings: list[str] | None = None) -> Table:
-    """The table of a CSV file: UTF-8, separated by commas, semicolons or tabs, as its header is.
+    """The table of a CSV file: Unicode, separated by commas, semicolons or tabs, as its header is.
     headings: NAME=HEADING for columns that are called otherwise there. Raises InputError for a
     file that is no such table, and for rows that contradict each other or cannot be understood."""
     name = f"--table {path}"
-    text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
+    raw = Path(path).read_bytes()
+    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # Excel has both
+    text = io.StringIO(raw.decode(encoding, "surrogateescape"), newline="").readlines()
     try:
-        readings = [[row for row in csv.reader(io.StringIO(text, newline=""), delimiter=d)
-                     if any(map(str.strip, row))]
-                    for d in ",;\t"]
+        readings = [[row for row in csv.reader(text, delimiter=d, skipinitialspace=True)
+                     if any(map(str.strip, row))] for d in ",;\t"]
     except csv.Error as error:
         raise InputError(f"{name}: not a CSV file ({error})") from None
     lines = max(readings, key=lambda rows: len(rows[0]) if rows else 0)
@@ -73,9 +75,12 @@ def read(path: str, headings: list[str] | None = None) -> Table:
     twice, unknown = [], []
     for number, line in enumerate(lines[1:], 2):
         if len(line) != len(header):
-            raise InputError(f"{name}: row {number} has {len(line)} fields, the header has "
-                             f"{len(header)}")
-        row = {column: line[i].strip() for column, i in places.items()}
+            raise InputError(f"{name}: row {number} (blank lines not counted) has {len(line)} "
+                             f"fields, the header has {len(header)}")
+        row = {column: "" if (value := line[i].strip()) in UNKNOWN else value
+               for column, i in places.items() if column != "path"}
+        if re.search(r"[\udc80-\udcff]", "".join(row.values())):
+            raise InputError(f"{name}: row {number} is not Unicode; save the table as CSV UTF-8")
         key = line[places["path"]]
         if re.fullmatch(r"fold\d+", row.get("split", "")):
             raise InputError(f"{name}: the folds of a cross-validation, no single split; name one "
@@ -91,7 +96,7 @@ def read(path: str, headings: list[str] | None = None) -> Table:
         raise table.wrong("row(s) with an unknown split, not train, val or test", unknown)
     if not table.rows:
         raise InputError(f"{name}: no row under the header")
-    if other := [h for i, h in enumerate(header) if i not in places.values()]:
+    if other := [h for i, h in enumerate(header) if h and i not in places.values()]:
         warn(f"note: {name}: columns that are not used: {', '.join(other)}")
     return table
 
@@ -124,16 +129,16 @@ def match(table: Table, files: list[Path], places: list[Path]) -> dict[int, dict
     """The row of each file that the table names, by the file's number. A path is tried in each of
     the folders `places`; then as a name without folder, then without suffix, where exactly one file
     fits (a note counts these). InputError for a row of no file or several, and two rows of one."""
-    whole = {str(file): i for i, file in enumerate(files)}
-    by_name, by_stem = defaultdict(list), defaultdict(list)
-    for i, file in enumerate(files):
+    whole, by_name, by_stem = {}, defaultdict(list), defaultdict(list)
+    for i, file in enumerate(map(Path, map(composed, map(str, files)))):
+        whole[str(file)] = i
         by_name[file.name].append(i)
         by_stem[file.stem].append(i)
     found, none, several, moved = [], [], [], []
     for path in table.rows:
-        variants = path, path.replace("\\", "/")
+        variants = composed(path), composed(path).replace("\\", "/")
         last = variants[1].rsplit("/", 1)[-1]
-        exact = [whole[p] for p in (str(place / v) for v in variants for place in places)
+        exact = [whole[p] for p in (composed(str(place / v)) for v in variants for place in places)
                  if p in whole]
         named = exact[:1] or by_name.get(variants[1]) or by_stem.get(variants[1])
         fits = named or by_name.get(last) or by_stem.get(last) or by_stem.get(Path(last).stem) or []
@@ -185,5 +190,7 @@ def apply(table: Table, found: Found, skip_unlisted: bool, classes: list[str] | 
         if mixed := [str(v) for v, several in both.items() if v != "" and len(several) > 1]:
             warn(f"note: {table.name}: {len(mixed)} {unit}(s) with images of several classes, "
                  f"such as {mixed[0]}")
+        if len({str(value).casefold() for value in both}) < len(both):
+            warn(f"note: {table.name}: {unit}s whose names differ by case alone")
     return Found(base, [found.files[i] for i in keep], [labels[i] for i in keep], known,
                  found.ignored)

@@ -77,6 +77,16 @@ def test_a_hospital_may_lack_a_class_in_a_part_and_have_one_class_with_folders_i
         find_class_folders(tmp_path / "b", ["c", "d"])
 
 
+def test_folders_of_equal_names_in_every_class_are_told(tmp_path, capsys):
+    for fold in ("fold_0", "fold_1"):
+        write_tree(tmp_path / "c" / fold, {"all": 1, "hem": 1})
+    assert list(find_class_folders(tmp_path / "c")) == ["fold_0", "fold_1"]
+    assert "all, hem in each class are not taken for classes" in capsys.readouterr().err
+    write_tree(tmp_path / "c" / "fold_1", {"other": 1})
+    find_class_folders(tmp_path / "c")
+    assert capsys.readouterr().err == ""
+
+
 def test_names_of_the_public_set_are_translated_only_where_all_are_and_no_two_fall_together(
         capsys):
     def mean(*given, classes=None):
@@ -84,6 +94,7 @@ def test_names_of_the_public_set_are_translated_only_where_all_are_and_no_two_fa
     assert mean("benign", "[Malignant] Pro-B") == ["Benign", "Pro"]
     assert mean("benign", "EARLY", "pre", "pro") == ["Benign", "Early", "Pre", "Pro"]
     assert mean("benign", "zebra") == ["benign", "zebra"]
+    assert mean("a\u0308", "b") == ["ä", "b"]  # as one sign, whoever wrote it
     assert mean("Pro", "[Malignant] Pro-B") == ["Pro", "[Malignant] Pro-B"]
     assert mean("pro", classes=["Benign", "Pro"]) == ["Pro"]
     assert capsys.readouterr().err == ""

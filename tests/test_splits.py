@@ -114,6 +114,14 @@ def test_ten_images_are_enough_and_parts_of_the_size_of_a_group_hold_it():
     assert [len(split[p]) for p in ("train", "val", "test")] == [32, 4, 4]
 
 
+def test_a_stratified_part_has_an_image_of_each_class():
+    """A tenth of 30 images is 3, of four classes: 4 images validate, 4 test."""
+    split = splits.make_split("stratified", np.repeat([0, 1, 2, 3], [9, 7, 7, 7]), 0)
+    assert [len(split[p]) for p in ("train", "val", "test")] == [22, 4, 4]
+    folds = splits.make_folds("stratified", np.repeat([0, 1, 2, 3], 5), 2, 0, inner_val=0.1)
+    assert [len(fold["val"]) for fold in folds] == [4, 4]
+
+
 def test_small_sets_are_refused():
     with pytest.raises(InputError, match="too few"):
         splits.make_split("random", np.zeros(9, int), 0)
