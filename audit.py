@@ -4,7 +4,7 @@
     python audit.py run runs/NAME            # the network against the probes, on its own test part
     python audit.py privacy runs/NAME        # who can tell which images it was trained on
 
-A few minutes for 3,256 images on two cores. Writes report.md, audit.json, figures, and of data
+A few minutes for 3,256 images on two cores. Writes report.md, a JSON file, figures, and of data
 groups.csv, which --table takes. Pictures in it are for local use only.
 """
 
@@ -117,8 +117,9 @@ def write_data_audit(args: argparse.Namespace, images: data.Images, folder: Path
               "split_seeds": seed_distribution(features["colour statistics"], labels,
                                                args.split_seeds)}
     tables.write_csv(folder / "groups.csv", [
-        ["path", "group"],
-        *([path, images.paths[g]] for path, g in zip(images.paths, groups, strict=True))])
+        ["path", "label", "group"],
+        *([path, images.classes[label], images.paths[g]]
+          for path, label, g in zip(images.paths, labels, groups, strict=True))])
     run_folder.write_json(folder / "audit.json", result)
     with report.decoration(f"{folder}/audit.json"):
         figures.plot_pairs(images, near, folder / "near-duplicates.png")
@@ -142,19 +143,19 @@ def data_page(result: dict) -> list[str]:
         "## Duplicates",
         markdown(["what", "number"], [[k.replace("_", " "), v] for k, v in counts.items()]),
         (f"Near: at least {duplicates.OVERLAP:.0%} of the field in common, correlation at least "
-         f"{duplicates.CORRELATION:g} there. Pairs across classes are a lower bound of the false "
-         "alarms. Rotated, mirrored and rescaled copies are not looked for."),
+         f"{duplicates.CORRELATION:g} there. Pairs across classes are false alarms, or labels that "
+         "disagree. Rotated, mirrored and rescaled copies are not looked for."),
         markdown(["split", "test images", "identical twin in training", "partner in training"],
                  split_rows),
         ("Partner: an image of the same group of near-duplicates"
          + "".join(f", or of the same {unit}" for unit in result["joined_with"])
-         + ". `groups.csv` holds these groups: a table that `--table` of the trainers takes."),
+         + ". `groups.csv` holds groups of partners: a table for `--table` of the trainers."),
         "## Shortcut probes", (
             "RBF SVM (C = 10) on a few numbers an image, no network; accuracy with Wilson 95 % "
-            "interval; default is the random split with seed 42, folds are pooled and keep groups "
-            f"together. Largest class: {result['majority_class']:.4f}."),
+            "interval; default is the random split with seed 42; folds are pooled, only grouped "
+            f"ones keep groups together. Largest class: {result['majority_class']:.4f}."),
         probe_table(result["probes"]),
-        (f"Nearest neighbour on colour statistics over {seeds['seeds']} split seeds: "
+        (f"Nearest neighbour on colour statistics over the split seeds 0 to {seeds['seeds'] - 1}: "
          f"{seeds['mean']:.4f} ± {seeds['sd']:.4f} ({seeds['min']:.4f} to {seeds['max']:.4f}). "
          f"Seed 42: {seeds['seed_42']:.4f}; {seeds['share_below_seed_42']:.1%} of the seeds lie "
          f"below it, {seeds['share_equal']:.1%} are equal."),
@@ -165,19 +166,21 @@ def data_page(result: dict) -> list[str]:
 
 # ---- a trained run ----------------------------------------------------------------------------
 
-def against_probes(correct: np.ndarray, images: data.Images, split: splits.Split) -> dict:
-    """Paired tests of the network (bool, test part) against each probe on the same pixels."""
+def against_probes(correct: np.ndarray, images: data.Images, split: splits.Split,
+                   members: np.ndarray | None = None) -> dict:
+    """Paired tests of the network (bool, test part) against each probe on the same pixels.
+    members: the patient or group of each test image, int [n], if they are known."""
     labels, out = images.labels.numpy(), {}
     for name, x in probes.features(images).items():
         hit = probes.fit_predict(x, labels, split["train"], split["test"]) == labels[split["test"]]
         out[name] = {"accuracy": metrics.wilson(int(hit.sum()), len(hit)),
-                     "difference": paired.paired_difference(correct, hit),
-                     "mcnemar": paired.mcnemar(correct, hit)}
+                     "difference": paired.paired_difference(correct, hit, members, "group"),
+                     "mcnemar": paired.mcnemar(correct, hit) if members is None else None}
     return out
 
 
 def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels: np.ndarray,
-                        correct: np.ndarray) -> dict:
+                        correct: np.ndarray, members: np.ndarray | None = None) -> dict:
     """Accuracy on the test part with more taken away than in training, beside the plain one."""
     out = {}
     for name in interventions.INTERVENTIONS:
@@ -186,7 +189,7 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
         p = inference.logits(trained, interventions.apply(pixels, [name])).argmax(1).numpy()
         hit = p == labels
         out[name] = {"accuracy": metrics.wilson(int(hit.sum()), len(hit)),
-                     "difference": paired.paired_difference(hit, correct)}
+                     "difference": paired.paired_difference(hit, correct, members, "group")}
     return out
 
 
@@ -229,6 +232,7 @@ def audit_run(args: argparse.Namespace) -> None:
     rows = [place[images.paths[i]] for i in split["test"]]
     logits, labels = test.logits[rows], test.labels[rows]
     correct = logits.argmax(1) == labels
+    members = groups[split["test"]] if args.table or images.units() else None
     alone = ~np.isin(groups[split["test"]], groups[split["train"]])
     result = {
         "run": folder.name, "data": images.name, "synthetic": run["synthetic"],
@@ -240,9 +244,9 @@ def audit_run(args: argparse.Namespace) -> None:
         "groups_in_test": len(np.unique(groups[split["test"]])),
         "without_partner": metrics.wilson(int(correct[alone].sum()), int(alone.sum())),
         "with_partner": metrics.wilson(int(correct[~alone].sum()), int((~alone).sum())),
-        "probes": against_probes(correct, images, split),
+        "probes": against_probes(correct, images, split, members),
         "under_interventions": under_interventions(trained, images.pixels[split["test"]], labels,
-                                                   correct),
+                                                   correct, members),
         "ece": metrics.calibration_error(softmax(logits, axis=1), labels)}
     result["called_benign"] = None  # where nothing is known to be malignant or benign
     if metrics.is_binary(images.classes):
@@ -263,7 +267,8 @@ def run_page(result: dict) -> list[str]:
     more = (best[1]["difference"]["low"] or 0) > 0
     loud = "**SYNTHETIC DATA**\n\n" if result["synthetic"] else ""
     rows = [[name, show(p["accuracy"]), show(p["difference"]),
-             f"{p['mcnemar']['a_only']} / {p['mcnemar']['b_only']}", f"{p['mcnemar']['p']:.2g}"]
+             *([f"{m['a_only']} / {m['b_only']}", f"{m['p']:.2g}"] if (m := p["mcnemar"])
+               else ["–", "–"])]
             for name, p in result["probes"].items()]
     missed = []
     if (paths := result["called_benign"]) is not None:
@@ -274,7 +279,7 @@ def run_page(result: dict) -> list[str]:
         (f"{loud}Best model, {result['n']} test images. Interventions in training: "
          f"{', '.join(result['interventions']) or 'none'}."),
         "## More than the probes?",
-        (f"The best probe is *{best[0]}*. The network knows "
+        (f"The best of {len(rows)} probes on these images is *{best[0]}*. The network knows "
          f"**{'more' if more else 'nothing more that this test part shows'}**: difference "
          f"{show(best[1]['difference'])}."),
         markdown(["probe, same images and training part", "accuracy", "network − probe",

@@ -62,9 +62,6 @@ def load(folder: Path, label: str | None = None, owned: list | None = None) -> l
     if label is None:
         own = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
         label = re.sub(r"-seeds?[\d-]+$", "", own)
-    if "seeds" in arguments or "models" in arguments:  # of a version that had these flags
-        parts = sorted(str(p.parent) for p in folder.glob("*/run.json"))
-        raise InputError(f"{folder}: several runs, name them: {' '.join(parts)}")
     if not (folder / "results.json").exists():
         raise InputError(f"{folder}: the run is not complete, it has no results.json")
     results = run_folder.read_json(folder / "results.json")
@@ -199,9 +196,8 @@ def page(rows: dict[str, dict], tests: list[dict]) -> str:
             ["A", "B", "n", "accuracy A − B (95 %, paired)",
              "right in A only : B only", "exact McNemar p, runs of one seed paired"], tested) + (
             "\n\nTwo single runs: Newcombe's interval. Several seeds: bootstrap over images. Where "
-            "patients or groups are known: bootstrap over these, and no McNemar test, which takes "
-            "images as independent. All cover the choice of test images, not that of seeds; p "
-            "values are not corrected for their number.")
+            "patients or groups are known: bootstrap over these, no McNemar test. All cover the "
+            "choice of test images, not of seeds; nothing is corrected for the number of tests.")
     if refused := [f"- {t['a']} against {t['b']}: {t['refused']}" for t in tests if "refused" in t]:
         text += "\n\n## Not tested\n\n" + "\n".join(refused)
     return text
@@ -259,7 +255,7 @@ def plot(rows: dict[str, dict], groups: dict[str, list[Run]], path: Path) -> Non
         if colour:
             best = max(colour, key=middle)
             axis.axvline(middle(best), ls="--", lw=1, color="grey")
-            note += f"\ndashed: {words[best]}"
+            note += f"\ndashed, the best of {len(colour)} on these images: {words[best]}"
         axis.set_yticks(range(len(shown)), [words[label] for label in shown], fontsize=7)
         axis.set_xlabel(note, fontsize=7)
         axis.invert_yaxis()

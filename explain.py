@@ -232,8 +232,8 @@ def verdict_table(found: dict) -> str:
                                "ρ after full randomisation", "Jaccard over seeds"], rows)
             + "\n\nFaithful: the interval of random − deletion area lies above 0 (the same cells, "
             "painted over in the order of the map or at random). Sensitive: the upper bound of the "
-            "rank correlation with the map of the untrained network is below 0.5 (0 where that "
-            "map is flat; an image whose own map is flat does not count).")
+            "rank correlation with the map of the untrained network is below 0.5 (images "
+            "for which one of the two maps is flat do not count).")
 
 
 def safe(name: str) -> str:

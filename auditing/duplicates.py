@@ -104,7 +104,7 @@ def exact_pairs(digests: list[str]) -> list[tuple[int, int]]:
 
 def find_groups(images: Images) -> tuple[np.ndarray, dict, list[Pair]]:
     """(group of each image, counts, near pairs). Groups join identical images, and near
-    duplicates of one class; matches across classes are a lower bound of the false alarms."""
+    duplicates of one class; across classes they are false alarms, or labels that disagree."""
     labels = images.labels.numpy()
     exact = exact_pairs(images.digests)
     twins = {tuple(sorted(pair)) for pair in exact}

@@ -17,7 +17,7 @@ NULLS = {"controls": "controls", "placebo": "network before training", "nobody":
 LIMITS = """- An image is no patient. A split by image puts the images of a patient on both sides;
   what tells a patient is then in both arms and cancels. Of patients nothing is
   measured; their risk may be larger.
-- These few attacks were chosen beforehand. Stronger ones may find more; LiRA needs tens of models.
+- Chosen beforehand, not corrected for their number. Stronger attacks (LiRA) need tens of models.
 - The true rate of false alarms is exact for scores as they are. The median of each class, taken
   from the same non-members, makes it approximate.
 - No ε follows from an attack. The figures come from private data: a hospital keeps them inside."""

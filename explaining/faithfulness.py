@@ -65,12 +65,10 @@ def is_flat(values: np.ndarray) -> bool:
 
 
 def rank_correlation(a: np.ndarray, original: np.ndarray) -> float | None:
-    """Spearman's ρ of two maps' magnitudes; 0 where the first is flat, None where the original is:
-    a map that shows nothing cannot show that it depends on the weights."""
+    """Spearman's ρ of two maps' magnitudes; None where one is flat: a map that shows nothing cannot
+    show that it depends on the weights, nor can a network that answers nothing."""
     a, b = np.abs(a).ravel(), np.abs(original).ravel()
-    if is_flat(b):
-        return None
-    return 0.0 if is_flat(a) else float(spearmanr(a, b).statistic)
+    return None if is_flat(a) or is_flat(b) else float(spearmanr(a, b).statistic)
 
 
 def jaccard(weights: list[np.ndarray], top: int = 5) -> float:

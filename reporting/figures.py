@@ -115,10 +115,9 @@ def plot_roc(logits: np.ndarray, labels: np.ndarray, classes: list[str], per_cla
             if auc is not None:
                 false_rate, true_rate, _ = roc_curve(labels == c, p[:, c])
                 axis.plot(false_rate, true_rate, label=f"{name}, AUC {auc:.4f}")
-        axis.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
+        axis.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--", label="chance")
         axis.set(xlabel="1 - specificity", ylabel="sensitivity", title="one against rest, test")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=8, loc="lower right")
 
 
 def plot_probes(rows: dict[str, dict], chance: float, path: Path) -> None:

@@ -58,7 +58,8 @@ def clustered(hit: np.ndarray, members: np.ndarray) -> dict:
     """A proportion over images that come in clusters, with the interval of Korn and Graubard (1998,
     Survey Methodology 24:193): Clopper and Pearson's, on an effective number of images, which is
     n / design effect · (t(n-1) / t(clusters-1))², at most n. While fewer than ten clusters hold an
-    error, or fewer than ten a hit, each cluster counts once. hit: bool [n]; members: int [n]."""
+    error, or fewer than ten a hit, it is n² / Σ (size of a cluster)²: their number, where they are
+    equal. Both are too narrow where one cluster dominates. hit: bool [n]; members: int [n]."""
     n = len(hit)
     if n == 0:
         return {"value": None, "low": None, "high": None, "effective_n": None}
@@ -66,7 +67,7 @@ def clustered(hit: np.ndarray, members: np.ndarray) -> dict:
     hits, sizes = np.bincount(cluster, hit.astype(float)), np.bincount(cluster)
     k, share = len(sizes), float(hit.mean())
     if min((hits < sizes).sum(), (hits > 0).sum()) < LEAST_WRONG:
-        effective = k
+        effective = n**2 / (sizes**2).sum()
     else:
         variance = k / (k - 1) * ((hits - share * sizes) ** 2).sum() / n**2
         with np.errstate(divide="ignore"):  # all shares are equal: as many as there are images
@@ -206,8 +207,10 @@ def bootstrap(labels: np.ndarray, predicted: np.ndarray, p: np.ndarray | None, n
     aucs = np.full((1, 1), np.nan) if p is None else np.stack(
         [resampled_auc(counts, labels == c, p[:, c]) for c in range(num_classes)], 1)
     f1, aucs = (np.ma.masked_invalid(x).mean(1).filled(np.nan) for x in (f1, aucs))
-    return {"macro_f1": percentiles(f1), "kappa": percentiles(kappas),
-            "roc_auc": percentiles(aucs), "reason": None}
+    found = {key: percentiles(values) for key, values in (
+        ("macro_f1", f1), ("kappa", kappas), ("roc_auc", aucs))}
+    return {key: x if x["low"] != x["high"] else {"low": None, "high": None}  # without width: none
+            for key, x in found.items()} | {"reason": None}
 
 
 def resampled_auc(counts: np.ndarray, positive: np.ndarray, score: np.ndarray) -> np.ndarray:

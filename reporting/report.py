@@ -56,20 +56,20 @@ def budget(records: list[dict]) -> dict:
 
 def unit_sections(images: Images, several: list[Split], test: dict) -> list[str]:
     """The heading of the results. Where patients, or groups, are known: who stands on both sides of
-    the split, how many are in each part, and the intervals that hold for new ones."""
+    the split, how many are in each part, and the intervals that count them."""
     out = [f"**WARNING: {line}.**" for line in both_sides(images, several)] + ["## Results"]
     for unit in UNITS:
         if (by := test.get(f"by_{unit}")) is None:
             continue
         members = images.units()[unit]
         counts = [f"{len(np.unique(members[np.concatenate([s[part] for s in several])]))} in {part}"
-                  for part in several[0]]
+                  for part in (several[0] if len(several) == 1 else ["test"])]
         rows = [["accuracy", show(by["accuracy"])]]
         if by["malignant"]:
             rows += [[key, show(value)] for key, value in by["malignant"].items()]
         rows += [[key.replace("_", " "), show({"value": test[key], **by[key]})]
                  for key in ("macro_f1", "kappa", "roc_auc")]
-        out += [f"### By {unit}: intervals that hold for new {unit}s",
+        out += [f"### By {unit}: intervals that count {unit}s",
                 f"{unit.capitalize()}s: {', '.join(counts)}. Best model, test part.",
                 markdown(["figure", f"value (95 %, {unit}s)"], rows)]
         out += [by["reason"].capitalize() + "."] if by["reason"] else []
@@ -147,8 +147,9 @@ def pool_folds(folder: Path, images: Images, several: dict[str, list[Split]],
                titles: dict[str, str]) -> None:
     """Results, curves and report of a run that consists of `several` runs, each in its own folder.
     Means over them with sample standard deviation. Of folds, whose test parts are disjoint,
-    every image has one prediction made without it: those are pooled, with intervals. several: by
-    folder the split of that run, or those of its own folds. titles: by folder a client's name."""
+    every image has one prediction made without it: those are pooled, with intervals; AUC is the
+    mean over folds, as scores of several networks have no common scale. several: by folder
+    the split of that run, or those of its own folds. titles: by folder a client's name."""
     members = {name: read_json(folder / name / "results.json") for name in several}
     first, tests = next(iter(members.values())), {n: m["best"]["test"] for n, m in members.items()}
     results = {key: first[key] for key in NETWORK} | budget(list(members.values()))
@@ -158,24 +159,28 @@ def pool_folds(folder: Path, images: Images, several: dict[str, list[Split]],
          **{key: tests[name][key] for key in metrics.FIGURES}} for name, m in members.items()]
     results["mean"] = {key: metrics.mean_sd([t[key] for t in tests.values()])
                        for key in metrics.FIGURES}
-    drawn = None
     if not titles:
         parts = {name: split["test"] for name, (split,) in several.items()}
         indices = np.sort(np.concatenate(list(parts.values())))
         found = [finished.read_predictions(folder / name) for name in several]
         rows = {path: x for one in found for path, x in zip(one.paths, one.logits, strict=True)}
         logits = np.stack([rows[images.paths[i]] for i in indices])
-        results["best"] = {"test": measure(images, indices, logits, None)}
+        test = measure(images, indices, logits, None) | {
+            "roc_auc": results["mean"]["roc_auc"]["mean"]}
+        for c, row in test["per_class"].items():
+            row["auc"] = metrics.mean_sd([t["per_class"][c]["auc"] for t in tests.values()])["mean"]
+        for key in test.keys() & {"intervals", *(f"by_{unit}" for unit in UNITS)}:
+            test[key]["roc_auc"] = {"low": None, "high": None}
+        results["best"] = {"test": test}
         results["colour_only"] = pooled_colour(list(members.values()))
         finished.write_predictions(folder, images, parts, {
             name: logits[np.searchsorted(indices, part)] for name, part in parts.items()})
-        drawn = logits, images.labels.numpy()[indices]
     write_json(folder / "results.json", results)
     print_table(*pages.members(results))
-    if drawn is not None:
+    if "best" in results:
         pages.print_colour(results)
     with decoration():
-        draw_pooled(folder, results, images, several, drawn)
+        draw_pooled(folder, results, images, several)
     print_place(folder)
 
 
@@ -184,30 +189,27 @@ def pooled_colour(members: list[dict]) -> list[dict]:
     def pooled(i: int, part: str) -> dict:
         found = [(m["colour_only"][i][part]["value"], m["best"][part]) for m in members]
         known = [(value, m["n"]) for value, m in found if value is not None]
-        return metrics.wilson(sum(round(value * n) for value, n in known),
-                              sum(n for _, n in known))
+        return metrics.wilson(sum(round(value * n) for value, n in known), sum(n for _, n in known))
     return [row | {part: pooled(i, part) for part in ("val", "test")}
             for i, row in enumerate(members[0]["colour_only"])]
 
 
-def draw_pooled(folder: Path, results: dict, images: Images, several: dict[str, list[Split]],
-                drawn: tuple[np.ndarray, np.ndarray] | None) -> None:
-    """Figures and report.md of `pool_folds`. drawn: logits [n, C] and labels [n] of the pooled test
-    parts, where they are disjoint."""
+def draw_pooled(folder: Path, results: dict, images: Images,
+                several: dict[str, list[Split]]) -> None:
+    """Figures and report.md of `pool_folds`."""
     splits = [s for each in several.values() for s in each]
     histories = [finished.read_history(folder / name) for name, each in several.items()
                  if len(each) == 1]
     if histories:
         figures.plot_curves(histories, folder / "curves.png", unit_of(histories[0][0]))
     run, colour = read_run(folder), "what the report of each part says"
-    test = results["best"]["test"] if drawn else {}
+    test = results["best"]["test"] if "best" in results else {}
     sections = [pages.head(folder, run, results), *unit_sections(images, splits, test),
                 markdown(*pages.members(results)),
                 "Each row is a run in the folder of that name, with a report of its own."]
-    if drawn is not None:
+    if test:
         figures.plot_confusion(test["confusion"], run["classes"], "out of fold",
                                folder / "confusion.png")
-        figures.plot_roc(*drawn, run["classes"], test["per_class"], folder / "roc.png")
         sections += [("The standard deviation over folds is no standard error: training parts "
                       "overlap. The interval is that of the pooled predictions."),
                      pages.class_table(test, "pooled, out of fold"), pages.colour_table(results)]

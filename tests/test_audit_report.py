@@ -119,7 +119,8 @@ def test_patients_that_a_table_knows_are_partners_too(tmp_path):
     assert found["joined_with"] == ["patient"]
     assert partners["random"]["partners"] > 0 == partners["grouped, these groups"]["partners"]
     with open(tmp_path / "out" / "groups.csv", encoding="utf-8", newline="") as file:
-        group = dict(list(csv.reader(file))[1:])
+        group = {path: name for path, label, name in list(csv.reader(file))[1:]
+                 if label == path[0]}
     assert list(group) == paths
     for first in range(0, 40, 4):
         assert len({group[path] for path in paths[first:first + 4]}) == 1
@@ -142,7 +143,7 @@ def test_the_page_of_the_data_says_what_was_found():
             "at least 30% of the field in common, correlation at least 0.6 there",
             "| random | 10 | 3 | 4 |", "| blocked | – | – | too few |",
             "Largest class: 0.3750.", "| colour means | 0.5000 (0.2500–0.7500) |",
-            "over 4 split seeds: 0.5000 ± 0.2500 (0.2000 to 0.8000)",
+            "over the split seeds 0 to 3: 0.5000 ± 0.2500 (0.2000 to 0.8000)",
             "Seed 42: 0.6000; 75.0% of the seeds lie below it, 12.5% are equal."):
         assert words in text
 
@@ -163,6 +164,9 @@ def test_a_network_is_compared_with_each_probe_on_its_test_part(monkeypatch):
     assert (found["label"]["mcnemar"]["a_only"], found["label"]["mcnemar"]["b_only"]) == (0, 2)
     assert found["opposite"]["accuracy"]["value"] == 0
     assert found["opposite"]["difference"]["value"] == pytest.approx(4 / 6)
+    alike = audit.against_probes(correct, images, split, np.array([0, 0, 0, 1, 1, 1]))["label"]
+    assert alike["mcnemar"] is None and alike["difference"]["low"] is None
+    assert alike["difference"]["reason"].startswith("no interval: 2 of 2 groups hold a discordant")
 
 
 def test_only_what_training_did_not_take_away_is_taken_away(monkeypatch):
@@ -218,7 +222,7 @@ def test_a_network_knows_more_if_the_interval_of_the_difference_lies_above_zero(
         "with_partner": figure(0.75, 0.7, 0.8),
         "under_interventions": {"scale-bar": {k: probe(0.5, 0)[k] for k in (
             "accuracy", "difference")}}}))
-    assert f"The best probe is *best*. The network knows {words}" in text
+    assert f"The best of 2 probes on these images is *best*. The network knows {words}" in text
     difference = "0.1250 (no interval)" if low is None else f"0.1250 ({low:.4f}–0.5000)"
     for line in ("40 test images. Interventions in training: colour.", f"difference {difference}.",
                  f"| best | 0.5000 (0.2500–0.7500) | {difference} | 5 / 2 | 0.45 |",

@@ -138,7 +138,7 @@ def test_rank_correlation():
     assert ff.rank_correlation(a, -a) == pytest.approx(1)  # magnitudes
     assert ff.rank_correlation(a, a.max() - a) == pytest.approx(-1)
     assert ff.rank_correlation(a, np.zeros((3, 4))) is None  # shows nothing, so tells nothing
-    assert ff.rank_correlation(np.ones((3, 4)), a) == 0.0
+    assert ff.rank_correlation(np.ones((3, 4)), a) is None
 
 
 def test_a_map_is_flat_up_to_the_rounding_of_float32():
@@ -146,7 +146,7 @@ def test_a_map_is_flat_up_to_the_rounding_of_float32():
     assert ff.is_flat(values) and ff.is_flat(np.zeros((7, 7)))
     values[0, 0] += 1e-6  # as interpolation leaves it
     assert ff.is_flat(values) and ff.rank_correlation(np.eye(7), values) is None
-    assert ff.rank_correlation(values, np.eye(7)) == 0
+    assert ff.rank_correlation(values, np.eye(7)) is None
     values[0, 0] += 1e-4
     assert not ff.is_flat(values) and ff.is_flat(-np.ones((2, 2)))
 

@@ -82,13 +82,13 @@ def test_roc_has_a_curve_for_each_class_that_is_there(axes):
     per_class = {"a": {"auc": 0.5}, "b": {"auc": 1.0}, "c": {"auc": None}}
     (axis,) = axes(figures.plot_roc, logits, np.array([0, 1, 1]), list("abc"), per_class)
     found = lines(axis)
-    assert legend(axis) == ["a, AUC 0.5000", "b, AUC 1.0000"] and len(found) == 3
+    assert legend(axis) == ["a, AUC 0.5000", "b, AUC 1.0000", "chance"] and len(found) == 3
     assert found["a, AUC 0.5000"] == [[0, 0], [0, 1], [1, 1]]  # the first is above both others
     assert found["b, AUC 1.0000"][-1] == [1, 1] and [0, 1] in found["b, AUC 1.0000"]
     assert axis.lines[2].get_xydata().tolist() == [[0, 0], [1, 1]]
     (axis,) = axes(figures.plot_roc, logits, np.array([0, 0, 0]), list("abc"),
                    {name: {"auc": None} for name in "abc"})
-    assert axis.get_legend() is None
+    assert legend(axis) == ["chance"]
 
 
 def test_probes_stand_with_their_intervals_beside_the_largest_class(axes):

@@ -213,6 +213,14 @@ def test_percentiles_leave_out_one_in_forty_on_either_side_and_what_is_undefined
     assert metrics.percentiles(np.array([np.nan])) == {"low": None, "high": None}
 
 
+def test_an_interval_without_width_is_none():
+    """A network that answers one class: κ is 0 in every resample."""
+    labels = np.arange(60) % 2
+    found = metrics.measure(np.tile([1.0, 0.0], (60, 1)), labels, ["a", "b"])["intervals"]
+    assert found["kappa"] == found["roc_auc"] == {"low": None, "high": None}
+    assert found["macro_f1"]["low"] < 1 / 3 < found["macro_f1"]["high"]
+
+
 def test_counts_alone_give_all_figures_but_those_of_probabilities():
     labels, predicted = expand(np.array([[9, 2, 1, 0], [3, 8, 0, 2], [1, 1, 9, 0], [0, 2, 0, 7]]))
     confusion = metrics.confusion_matrix(labels, predicted)

@@ -15,9 +15,10 @@ from reporting.terminal import show
 
 LOGITS = np.array([[3, 0, 1], [0, 2, 1], [2, 1, 0], [0, 1, 3]], dtype=np.float32)
 RUN = {"synthetic": False, "script": "train_x.py", "argv": [], "images": 9, "data": "toy",
-       "git": "abc", "ignored_files": "", "classes": ["c0", "c1", "c2"], "fingerprint": "f" * 64,
+       "git": "abc", "ignored_files": "", "bad_files": [],
+       "classes": ["c0", "c1", "c2"], "fingerprint": "f" * 64,
        "machine": {"device": "cpu", "name": "chip", "threads": 2, "torch": "2.1"},
-       "arguments": {"split": "random", "split_seed": 42, "table": None}}
+       "arguments": {"split": "random", "split_seed": 42, "table": None, "remove": []}}
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_the_results_name_patients_on_both_sides_and_the_intervals_of_new_ones()
              "| accuracy | 0.5000 (0.2500–0.7500) |\n")
     rest = ("| macro f1 | 0.1500 (0.1000–0.2000) |\n| kappa | 0.5000 (no interval) |\n"
             "| roc auc | – |")
-    assert found == ["## Results", "### By patient: intervals that hold for new patients",
+    assert found == ["## Results", "### By patient: intervals that count patients",
                      "Patients: 2 in train, 1 in val, 2 in test. Best model, test part.",
                      table + rest]
     by |= {"reason": "no interval: 1 of 2 patients", "malignant": {
@@ -109,7 +110,7 @@ def test_the_results_name_patients_on_both_sides_and_the_intervals_of_new_ones()
     warned, _, _, counts, rows, reason = report.unit_sections(images, [split, again], test)
     assert warned == ("**WARNING: 2 patient(s) have images in the training part and in the test "
                       "part, so that the test figures are not those of new patients.**")
-    assert counts == "Patients: 3 in train, 2 in val, 3 in test. Best model, test part."
+    assert counts == "Patients: 3 in test. Best model, test part."  # all are in training in folds
     assert rows == (f"{table}| sensitivity | 0.5000 (0.2500–0.7500) |\n| specificity | – |\n{rest}")
     assert reason == "No interval: 1 of 2 patients."
     assert report.unit_sections(toy_images(8), [split], {}) == ["## Results"]
@@ -196,12 +197,10 @@ def test_the_figures_of_folds_are_pooled_and_their_curves_are_drawn_together(tmp
                "mean": {key: metrics.mean_sd([m[key]] * 2) for key in metrics.FIGURES},
                "best": {"test": m}, "colour_only": colour, "images_seen": 6, "optimizer_steps": 2,
                "seconds": 1.0}
-    labels = np.array([1, 0, 1, 2])
-    report.draw_pooled(folder, results, images, several, (LOGITS, labels))
-    assert set(drawn) == {"curves.png", "confusion.png", "roc.png"}
+    report.draw_pooled(folder, results, images, several)
+    assert set(drawn) == {"curves.png", "confusion.png"}
     assert drawn["curves.png"] == [[[record(1)], [record(1)]], "epoch"]
     assert drawn["confusion.png"] == [m["confusion"], RUN["classes"], "out of fold"]
-    assert drawn["roc.png"] == [LOGITS, labels, RUN["classes"], m["per_class"]]
     page = (folder / "report.md").read_text("utf-8")
     assert "| pooled, out of fold |" in page and "| mean ± sd of 2 |" in page
     assert "The standard deviation over folds is no standard error" in page
@@ -211,7 +210,7 @@ def test_the_figures_of_folds_are_pooled_and_their_curves_are_drawn_together(tmp
     drawn.clear()
     del results["best"]
     both = {"client0": [*several["fold1"], *several["fold2"]], "fold2": several["fold2"]}
-    report.draw_pooled(folder, results, images, both, None)
+    report.draw_pooled(folder, results, images, both)
     assert drawn == {"curves.png": [[[record(1)]], "epoch"]}  # parts with folds draw their own
     page = (folder / "report.md").read_text("utf-8")
     assert "out of fold" not in page and "### What colour alone" not in page

@@ -152,7 +152,7 @@ def test_folds_are_pooled_and_reported(folds_run, tree):
     out, done = folds_run
     assert {p.name for p in out.iterdir()} == {
         "fold1", "fold2", "fold3", "run.json", "split.csv", "predictions.csv", "results.json",
-        "report.md", "curves.png", "confusion.png", "roc.png"}
+        "report.md", "curves.png", "confusion.png"}
     results, parts = load(out), [load(out / f"fold{k}") for k in (1, 2, 3)]
     rows = {r["path"]: r for r in csv.DictReader((out / "predictions.csv").open())}
     assert len(rows) == 72 == results["best"]["test"]["n"]
@@ -170,7 +170,11 @@ def test_folds_are_pooled_and_reported(folds_run, tree):
     assert results["best"]["test"]["loss"] == pytest.approx(np.average(
         [p["best"]["test"]["loss"] for p in parts],
         weights=[p["best"]["test"]["n"] for p in parts]), abs=1e-5)
-    for key in ("accuracy", "macro_f1"):
+    assert results["best"]["test"]["roc_auc"] == results["mean"]["roc_auc"]["mean"]
+    assert results["best"]["test"]["intervals"]["roc_auc"] == {"low": None, "high": None}
+    assert results["best"]["test"]["per_class"]["Pre"]["auc"] == pytest.approx(np.mean(
+        [p["best"]["test"]["per_class"]["Pre"]["auc"] for p in parts]))
+    for key in ("accuracy", "macro_f1", "roc_auc"):
         values = [p["best"]["test"][key] for p in parts]
         values = [v["value"] if isinstance(v, dict) else v for v in values]
         assert results["mean"][key] == {"n": 3, "mean": pytest.approx(np.mean(values)),
