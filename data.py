@@ -185,7 +185,8 @@ def batch_slices(order: Tensor, batch_size: int) -> Iterator[Tensor]:
 def keep_on(images: Images, device: torch.device) -> None:
     """Move the pixels to the training device, where batches are then gathered. On a GPU only if
     they take at most half of its free memory; else they stay, and one line says so."""
-    if device.type == "cuda" and images.pixels.numel() > torch.cuda.mem_get_info(device)[0] // 2:
+    if device.type == "cuda" and images.pixels.device != device and (
+            images.pixels.numel() > torch.cuda.mem_get_info(device)[0] // 2):
         warn(f"note: the pixels ({images.pixels.numel() / 2**30:.1f} GiB) stay in main memory, as "
              f"{device} has too little; batches are copied one by one")
         return

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
-from urllib.error import URLError
 
 import torch
 import torchvision
@@ -77,11 +76,11 @@ def load_weights(name: str, weights: str, num_classes: int, classes: list[str] |
             return entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except KeyError:
             raise InputError(f"torchvision has no ImageNet weights for {name}") from None
-        except (URLError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise InputError(f"ImageNet weights of {name} could not be had ({error}); pass a file "
                              "with --weights PATH, or --weights none for random ones") from None
     content = read_file(weights)
-    if "state" not in content:
+    if not isinstance(content.get("state"), dict):
         return content
     if content.get("local_bn"):
         raise InputError(f"--weights {weights}: made with --bn local, every client has its own")
@@ -134,9 +133,10 @@ def load_matching(model: nn.Module, state: State, head: str, source: str) -> Non
         raise InputError(f"{source}: another architecture: {len(missing)} entries missing, "
                          f"{len(extra)} unknown, first {(missing + extra)[0]}")
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != own[key].shape:
-            raise InputError(f"{source}: wrong shape of {key}: {getattr(value, 'shape', value)}, "
-                             f"expected {tuple(own[key].shape)}")
+        kind = own[key].shape, own[key].is_floating_point()
+        if not isinstance(value, Tensor) or (value.shape, value.is_floating_point()) != kind:
+            raise InputError(f"{source}: wrong shape or type of {key}: "
+                             f"{getattr(value, 'shape', value)}, expected {tuple(own[key].shape)}")
     model.load_state_dict(state, strict=False)
 
 
@@ -210,9 +210,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu")
                               if name == "auto" else name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name}: not there") from None
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except (RuntimeError, AssertionError, TypeError):
+        raise InputError(f"--device {name}: not there, or without float64") from None
     torch.backends.cudnn.deterministic = True  # a repeated run on CUDA takes the same kernels
     torch.backends.cudnn.allow_tf32 = False  # evaluation is float32, also on CUDA
     return torch.empty(0, device=device).device  # with its number, as tensors name it
@@ -233,11 +233,10 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
 def batchnorm_moments(model: nn.Module, state: State, batches: Iterable[Tensor]) -> State:
     """Mean and mean square of the input of each BatchNorm layer under `state`, float64, over all
     images of `batches`: a client's own training images, unaugmented and in mixed order. They have
-    the keys of running_mean and running_var. `model` is working memory."""
+    the keys of running_mean and running_var."""
+    model, sums, n = copy.deepcopy(model).eval(), {}, 0
     layers = {n: m for n, m in model.named_modules() if isinstance(m, BATCHNORM)}
-    momenta, sums, n = {name: layer.momentum for name, layer in layers.items()}, {}, 0
     model.load_state_dict(state)
-    model.eval()
     for layer in layers.values():
         layer.momentum = 1.0  # the running statistics are then those of the latest batch
         layer.train()
@@ -249,8 +248,6 @@ def batchnorm_moments(model: nn.Module, state: State, batches: Iterable[Tensor])
             square = layer.running_var.double() + mean.square()
             for key, value in ((f"{name}.running_mean", mean), (f"{name}.running_var", square)):
                 sums[key] = sums.get(key, 0) + len(batch) * value
-    for name, layer in layers.items():
-        layer.momentum = momenta[name]
     return {key: value / n for key, value in sums.items()}
 
 
@@ -295,8 +292,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # a full disk, behind an error of torch's writer
+            raise error.__context__ from None
         raise
 
 

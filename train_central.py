@@ -49,8 +49,10 @@ def defaults(args: argparse.Namespace) -> dict:
     if args.like is not None:
         run = run_folder.read_run(Path(args.like))
         recorded = run["arguments"]
-        if "rounds" not in recorded or recorded.get("local_only"):
-            raise InputError(f"--like {args.like}: a run of {run['script']}, not a federated one")
+        sites = recorded.get("site_data") and not run["part_of"]  # of which no folder holds all
+        if "rounds" not in recorded or recorded.get("local_only") or sites:
+            raise InputError(f"--like {args.like}: a run of {run['script']}, not a federated one "
+                             "whose images are all in one folder")
         local_epochs, clients = recorded["local_epochs"], recorded["clients"]
         drawn = max(1, round(recorded["fraction"] * clients))  # clients of each round
         share = 1 if args.local_only else drawn / clients  # of the images, that a round passes

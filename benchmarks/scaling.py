@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -32,12 +33,19 @@ def work(place: Path, argv: list[str]) -> None:
     import train_federated
     from training import processes
     sys.argv = ["train_federated.py", *argv]
+    cross, sent = processes.Job._cross, []
+
+    def count(job: processes.Job, kind: str, operation: Callable, *arguments) -> object:
+        if kind == "update" and operation is processes.dist.isend:
+            sent.append(arguments[0].numel() * arguments[0].element_size())
+        return cross(job, kind, operation, *arguments)
+    processes.Job._cross = count
 
     def main(argv: list[str], job: processes.Job) -> None:
         train_federated.main(argv, job)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         (place / f"rank{job.rank}.json").write_text(
-            json.dumps({"bytes": job.sent["update"], "peak_mb": memory}))
+            json.dumps({"bytes": sum(sent), "peak_mb": memory}))
     processes.start(main)
 
 

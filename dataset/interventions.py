@@ -1,7 +1,5 @@
 """Two ways to take a shortcut away from the pixels, for training and for audits: uint8 to uint8."""
 
-from checks import InputError
-
 import argparse
 from collections.abc import Iterable
 
@@ -11,7 +9,6 @@ from torch import Tensor
 
 CORNER = (0.7, 0.85, 1.0, 1.0)  # left, top, right, bottom, shares: where the scale bar is
 MARGIN = 0.1  # of the side: how far around it the local background is looked for
-RENAMED = {"mask_corner": "scale-bar", "grey_world": "colour"}  # names in older runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,14 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def chosen(args: argparse.Namespace) -> list[str]:
     """The interventions that the flags ask for, in the order of application."""
     return [name for name in INTERVENTIONS if name in args.remove]
-
-
-def modern(names: Iterable[str]) -> list[str]:
-    """The interventions that a run recorded, under today's names. InputError for an unknown one."""
-    names = [RENAMED.get(name, name) for name in names]
-    if unknown := sorted(set(names) - set(INTERVENTIONS)):
-        raise InputError(f"the run was trained with an intervention unknown here: {unknown[0]}")
-    return names
 
 
 def apply(pixels: Tensor, names: Iterable[str]) -> Tensor:

@@ -63,11 +63,13 @@ def load(folder: Path, device: torch.device, client: int | None = None) -> Train
         raise InputError(f"{folder}: " + (
             f"every client has its own BatchNorm, --client must be one of {sorted(local_bn)}"
             if local_bn else "one global model, --client has no place here"))
+    if unknown := set(content.get("interventions", ())) - set(interventions.INTERVENTIONS):
+        raise InputError(f"{folder}: trained with an intervention unknown here: {min(unknown)}")
     model = models.build(content["model"], len(content["classes"]))
     model.load_state_dict(content["state"] | local_bn.get(client, {}))
     return Trained(model.to(device).eval(), content["model"], content["classes"],
                    content["image_size"], device, client=client,
-                   interventions=tuple(interventions.modern(content.get("interventions", ()))))
+                   interventions=tuple(content.get("interventions", ())))
 
 
 def fast(trained: Trained, limit: float = LIMIT) -> Trained:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from data import Images
-from dataset import interventions
 from dataset.files import say_passed
 from dataset.splits import Split
 from models import read_file, save
@@ -69,7 +68,8 @@ def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Names
         again = vars(parser.parse_args(argv))
         for name, value in recorded.items():
             # of what was moved, the images and the split decide
-            if again[name] != value and (name not in PATHS or name == "weights" or not value):
+            if again[name] != value and (name not in PATHS or not value or (
+                    name == "weights" and os.path.abspath(again[name]) != value)):
                 raise InputError(f"--resume {args.resume}: --{name.replace('_', '-')} is "
                                  f"{value} there, not {again[name]}")
         if args.out is not None:
@@ -97,27 +97,11 @@ def read_json(path: Path) -> dict:
 
 
 def read_run(folder: Path) -> dict:
-    """run.json of a run folder, the arguments of older runs under today's names."""
+    """run.json of a run folder. InputError for one with the flags of an older version."""
     run = read_json(folder / "run.json")
-    return run | {"arguments": modern(run["arguments"])}
-
-
-def modern(arguments: dict) -> dict:
-    """The arguments of a run made before flags were renamed, under today's names and values.
-    What has no counterpart today keeps its old name, so that nothing is silently left out."""
-    new = dict(arguments)
-    new.setdefault("remove", interventions.modern(
-        [name for name in interventions.RENAMED if new.pop(name, False)]))
-    if new.get("translation") in (0, 0.1):
-        kind = "translate" if new.pop("translation") else "paper"
-        new["augment"] = "none" if new.pop("no_augment") else kind
-    if new.get("site_data") and "site_names" in new:
-        names = new.pop("site_names") or [f"site{k}" for k in range(len(new["site_data"]))]
-        new["site_data"] = [f"{n}={d}" for n, d in zip(names, new["site_data"], strict=False)]
-    new = {"table": new.pop("groups", None), "columns": None, "skip_unlisted": False} | new
-    neutral = {"momentum": 0.9, "local_only": False, "seeds": None, "models": None,
-               "site_names": None, "share_scores": False, "groups": None}
-    return {k: v for k, v in new.items() if k not in neutral or v != neutral[k]}
+    if not {"remove", "table"} <= run["arguments"].keys():
+        raise InputError(f"{folder}: made by a version whose flags this one no longer reads")
+    return run
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -168,9 +152,10 @@ def begin(args: argparse.Namespace, script: str, images: Images, device: torch.d
             write_run(folder, args, script, images, device)
         return folder
     run = check_images(Path(args.resume), images)
-    for key, value in machine(device).items():
-        if run["machine"].get(key) != value:
-            warn(f"note: {key} was {run['machine'].get(key)} and is {value}: results may differ "
+    before = run["machine"] | {"commit": run["git"]}
+    for key, value in (machine(device) | {"commit": git_commit() or run["git"]}).items():
+        if before.get(key) != value:
+            warn(f"note: {key} was {before.get(key)} and is {value}: results may differ "
                  "from an uninterrupted run")
     return Path(args.resume)
 
@@ -231,9 +216,9 @@ def resumable(folder: Path | None) -> Iterator[None]:
 def continued(argv: list[str]) -> list[str]:
     """The command line of rank 0: after a restart it resumes the folder that its launcher began."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--out", "--resume", "--timeout"):
+    for flag in ("--out", "--resume"):
         parser.add_argument(flag)
-    given, _ = parser.parse_known_args(argv)
+    given, others = parser.parse_known_args(argv)
     if not restarts() or given.resume:
         return argv
     out = given.out and Path(given.out)
@@ -243,8 +228,7 @@ def continued(argv: list[str]) -> list[str]:
                                       key=lambda p: p.stat().st_mtime)
     mine = [p for p in places if (p / "run.json").exists()
             and read_json(p / "run.json").get("launcher") == launcher()]
-    timeout = ["--timeout", given.timeout] if given.timeout else []
-    return ["--resume", str(mine[-1]), *timeout] if mine else argv
+    return [*others, "--resume", str(mine[-1])] if mine else argv
 
 
 def unit_of(record: dict) -> str:

@@ -293,15 +293,11 @@ def test_grey_world_gives_equal_channel_means():
     assert interventions.grey_world(dark)[0].tolist() == [[134, 0], [134, 0]]
 
 
-def test_interventions_have_an_order_and_older_names():
+def test_interventions_have_an_order():
     def chosen(*names):
         return interventions.chosen(argparse.Namespace(remove=names))
     assert chosen("colour", "scale-bar") == ["scale-bar", "colour"]
     assert chosen("colour") == ["colour"] and chosen() == []
-    assert interventions.modern(["grey_world", "scale-bar"]) == ["colour", "scale-bar"]
-    assert interventions.modern(["mask_corner"]) == ["scale-bar"]
-    with pytest.raises(InputError, match="an intervention unknown here: mirror$"):
-        interventions.modern(["colour", "mirror"])
 
 
 def test_interventions_change_training_and_follow_the_model(tree, whole, tmp_path):

@@ -6,6 +6,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,10 @@ def place(tmp_path_factory):
     for name, content in (("list", "[1]"), ("foreign", '{"script": "other.py"}')):
         (root / name).mkdir()
         (root / name / "run.json").write_text(content)
+    (root / "of-sites").mkdir()
+    text = (root / "run" / "run.json").read_text()
+    (root / "of-sites" / "run.json").write_text(text.replace(
+        '"site_data": null', '"site_data": ["A=a", "B=b"]'))
     shutil.copytree(root / "run", root / "cut-run")
     (root / "cut-run" / "last.pt").write_bytes((root / "run" / "last.pt").read_bytes()[:999])
     shutil.copytree(good, root / "changed")
@@ -112,7 +117,7 @@ CASES = [
     # weights
     (GOOD + " --weights absent.pt", "absent.pt: no such file"),
     (GOOD + " --weights other.pt", "another architecture"),
-    (GOOD + " --weights shape.pt", "wrong shape of conv1.weight"),
+    (GOOD + " --weights shape.pt", "wrong shape or type of conv1.weight"),
     (GOOD + " --weights cut.pt", "truncated"),
     (GOOD + " --weights code.pt", "refused"),
     (GOOD + " --model resnet18 --weights imagenet", "--weights PATH, or --weights none"),
@@ -140,6 +145,7 @@ CENTRAL = [
     (GOOD + " --like run --folds 2", "--like run: --folds is 1 there"),
     ("--like empty", "not a run folder"), ("--like absent", "not a run folder"),
     ("--like damaged", "damaged, not JSON"), ("--like folds", "not a federated one"),
+    ("--like of-sites", "not a federated one whose images are all in one folder"),
     ("--like run --data changed", "the images are not those of the run"),
     ("--like run --split-seed 3", "do not give its split"),
     *[(f"{GOOD} {flag} {value}", f"argument {flag}") for flag, value in (
@@ -166,7 +172,7 @@ ALL = [(train_federated, BASE, *c) for c in CASES] + [(train_central, SMALL, *c)
 def test_one_clear_line_and_exit_code_2(place, tmp_path, monkeypatch, capsys, script, base, line,
                                         words):
     def offline(*args, **kwargs):
-        raise models.URLError("no route to host")
+        raise urllib.error.URLError("no route to host")
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.chdir(place)

@@ -28,7 +28,8 @@ def make_run(folder, wrong, *, seed=0, first=0, fingerprint="f", part="test", co
     p = np.array([[0.8, 0.2] if (y == 0) != (i in wrong) else [0.3, 0.7]
                   for i, y in enumerate(LABELS)])
     m = metrics.measure(np.log(p), np.array(LABELS), CLASSES)
-    arguments = {"model": "resnet50", "seed": seed, "lr": 0.1, "split": "random", **arguments}
+    arguments = {"model": "resnet50", "seed": seed, "lr": 0.1, "split": "random", "remove": [],
+                 "table": None, **arguments}
     (folder / "run.json").write_text(json.dumps(
         {"script": "train_federated.py", "part_of": part_of, "seed": seed, "arguments": arguments}))
     rows = [{"features": "means", "strip": "included", "classifier": "1-nn",
@@ -89,17 +90,6 @@ def test_seeds_of_one_configuration_are_one_row(tmp_path, capsys):
     assert t["difference"]["value"] == pytest.approx(38 / 40 - 39 / 40)
     assert [(m["seed"], m["a_only"], m["b_only"]) for m in t["mcnemar"]] == [(2, 1, 2), (3, 1, 3)]
     assert t["mcnemar"][0]["p"] == 1.0 and t["mcnemar"][1]["p"] == pytest.approx(10 / 16)
-
-
-def test_a_folder_of_several_runs_names_them(tmp_path):
-    """Older versions made such folders (--seeds, --models)."""
-    parent = tmp_path / "many"
-    for s in (0, 1):
-        make_run(parent / f"seed{s}", {s}, seed=s)
-    (parent / "run.json").write_text(json.dumps(
-        {"script": "x", "seed": 0, "arguments": {"seeds": [0, 1]}}))
-    with pytest.raises(InputError, match="several runs, name them: .*many/seed0 .*many/seed1"):
-        compare.main([str(parent)])
 
 
 def test_the_same_run_twice_is_two_rows_and_an_other_model_is_no_seed(tmp_path, capsys):
@@ -297,7 +287,8 @@ def test_the_figure_of_accuracies_has_rows_for_networks_and_a_line_for_colour(tm
     assert [text.get_text() for text in axis.get_yticklabels()] == [
         "a (0.5000 (0.2500–0.7500))", "no network b (–)", "b (0.5000 ± 0.2500)",
         "paper (0.0000 (0.0000–0.5000))"]
-    assert axis.get_xlabel().endswith("\ndashed: no network: means (0.1250 ± 0.0000)")
+    assert axis.get_xlabel().endswith(
+        "\ndashed, the best of 2 on these images: no network: means (0.1250 ± 0.0000)")
     assert axis.yaxis_inverted()  # in the order of the table
 
 

@@ -22,7 +22,8 @@ from training import experiment
 from training.processes import Job
 from training.recipe import add_recipe_arguments, make_recipe
 
-RUN = '{"script": "train_federated.py", "arguments": {}, "fingerprint": "OF"}'
+RUN = ('{"script": "train_federated.py", "arguments": {"remove": [], "table": null}, '
+       '"fingerprint": "OF"}')
 
 
 def parse(*argv):

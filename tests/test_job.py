@@ -87,7 +87,8 @@ def test_hospitals_without_a_name_of_their_own_do_not_begin(monkeypatch, names):
 def site_flags(**changed):
     return argparse.Namespace(**{
         "site_data": ["A=x", "B=y"], "out": "run", "resume": None, "folds": 1, "table": None,
-        "bn": "average", "classes": None, "data": None, "clients": None} | changed)
+        "bn": "average", "classes": None, "data": None, "clients": None,
+        "partition": None} | changed)
 
 
 @pytest.mark.parametrize(("changed", "words"), [
@@ -95,7 +96,9 @@ def site_flags(**changed):
     *[({"site_data": [wrong, "B=y"]}, "must be NAME=DIR") for wrong in (
         "A", "A=", "=x", ".=x", "..=x", "a/b=x")],
     ({"out": None}, "needs --out"), ({"folds": 2}, "has one split: --folds 1"),
-    ({"table": "t.csv"}, "a --table belongs to --data"), ({"bn": "local"}, "with --bn local")])
+    ({"table": "t.csv"}, "a --table belongs to --data"), ({"bn": "local"}, "with --bn local"),
+    *[({name: value}, "takes the place of --data, --clients and --partition") for name, value in (
+        ("data", "d"), ("clients", 3), ("partition", "iid"))]])
 def test_what_a_hospital_may_not_ask_for_is_one_line(monkeypatch, changed, words):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     with pytest.raises(InputError, match=f"^--site-data: .*{words}"):
@@ -135,16 +138,15 @@ def test_a_site_refuses_what_is_not_on_the_list():
     assert process()._cross("pixels", lambda: "no site") == "no site"
 
 
-def test_bytes_are_counted_where_they_are_sent(monkeypatch):
+def test_the_server_sends_its_state_and_others_their_updates(monkeypatch):
     state, sources = {"w": torch.zeros(5), "n": torch.tensor([3])}, []
     monkeypatch.setattr(processes.dist, "broadcast", lambda tensor, source: sources.append(source))
     monkeypatch.setattr(processes.dist, "isend", lambda tensor, target: target)
-    first, second = process(0), process(1)
-    first.share("state", state)
-    second.share("state", state)
-    assert set(sources) == {0} and first.sent == {"state": 5 * 4 + 8} and not second.sent
-    pending = second._send(Update(1, 22, state, {"loss": 0.5}))
-    assert second.sent == {"header": 2**16, "update": 5 * 4 + 8}
+    process(0).share("state", state)
+    process(1).share("state", state)
+    assert set(sources) == {0}
+    pending = process(1)._send(Update(1, 22, state, {"loss": 0.5}))
+    assert [len(tensor) for tensor, _ in pending] == [2**16, 5, 1]
     assert {target for _, target in pending} == {0} and len(pending) == 3
 
 

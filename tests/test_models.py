@@ -5,6 +5,7 @@ from checks import InputError
 import argparse
 import io
 import pickle
+import urllib.error
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_imagenet_weights_come_from_the_hub_cache(imagenet_like, tmp_path, monke
 def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
     def offline(url, path, checksum, **kwargs):
         assert f"-{checksum}." in url  # what comes is compared with the sum in its name
-        raise models.URLError("no route")
+        raise urllib.error.URLError("no route")
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(InputError, match="--weights PATH, or --weights none"):
@@ -250,15 +251,17 @@ def bad_files(folder, state):
     torch.save({k: v for k, v in state.items() if k != "conv1.weight"}, folder / "missing.pt")
     torch.save(state | {"more": torch.zeros(1)}, folder / "extra.pt")
     torch.save(state | {"conv1.weight": torch.zeros(1)}, folder / "shape.pt")
+    torch.save(state | {"conv1.weight": state["conv1.weight"].to(torch.int8)}, folder / "whole.pt")
 
 
 @pytest.mark.parametrize("name,words", [
     ("absent.pt", "no such file"), ("cut.pt", "truncated"), ("empty.pt", "truncated"),
-    ("hollow.pt", "no state dict"), ("number.pt", r"wrong shape of conv1.weight: 3, expected \(64"),
+    ("hollow.pt", "no state dict"), ("number.pt", "shape or type of conv1.weight: 3, "),
     ("text.pt", "refused|truncated"), ("code.pt", "refused"), ("list.pt", "no state dict"),
     ("pickle.pt", "refused"), ("old.pt", "truncated"),
     ("missing.pt", "another architecture.*conv1.weight"), ("extra.pt", "architecture.*more"),
-    ("shape.pt", "wrong shape of conv1.weight")])
+    ("shape.pt", "wrong shape or type of conv1.weight"),
+    ("whole.pt", "wrong shape or type of conv1.weight")])
 @pytest.mark.filterwarnings("error")  # one line on stderr, none of torch's beside it
 def test_bad_weight_files_are_refused(imagenet_like, tmp_path, capsys, name, words):
     bad_files(tmp_path, imagenet_like.state_dict())
@@ -364,3 +367,15 @@ def test_a_trunk_without_its_classifier_is_taken_and_told(capsys):
     with pytest.raises(InputError, match="1 entries missing"):  # and the trunk must be whole
         models.load_matching(model, {"features.weight": trunk["features.weight"]}, "classifier.2",
                              "half.pth")
+
+
+def test_a_full_disk_is_told_although_torch_hides_it(tmp_path):
+    """Its writer closes the file after the error, and that fails in words of its own."""
+    def write(file):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+    with pytest.raises(OSError, match="No space left"):
+        models.write_whole(tmp_path / "x.pt", write)
+    assert not list(tmp_path.iterdir())

@@ -194,7 +194,8 @@ def test_a_new_run_is_named_by_script_model_data_and_seed_and_numbered_from_two(
 def test_images_are_read_again_by_what_split_csv_says_where_a_table_was_used(tmp_path):
     for table in (None, "t.csv"):
         (tmp_path / "run.json").write_text(json.dumps({"arguments": {
-            "data": "/a", "table": table, "columns": ["path=p"], "skip_unlisted": False}}))
+            "data": "/a", "table": table, "columns": ["path=p"], "skip_unlisted": False,
+            "remove": []}}))
         for place, cache in ((None, None), ("/b", "/c")):
             (tmp_path / "split.csv").unlink(missing_ok=True)
             args = finished.read_arguments(tmp_path, place, cache)
@@ -204,28 +205,6 @@ def test_images_are_read_again_by_what_split_csv_says_where_a_table_was_used(tmp
             args = finished.read_arguments(tmp_path, place, cache)
             assert (args.table, args.columns, args.skip_unlisted) == (
                 (str(tmp_path / "split.csv"), None, True) if table else (None, ["path=p"], False))
-
-
-@pytest.mark.parametrize(("old", "new"), [
-    ({"mask_corner": False, "grey_world": True}, {"remove": ["colour"]}),
-    ({"mask_corner": True, "grey_world": True}, {"remove": ["scale-bar", "colour"]}),
-    ({"translation": 0, "no_augment": False}, {"augment": "paper"}),
-    ({"translation": 0.1, "no_augment": False}, {"augment": "translate"}),
-    ({"translation": 0.1, "no_augment": True}, {"augment": "none"}),
-    ({"translation": 0.2, "no_augment": False}, {"translation": 0.2, "no_augment": False}),
-    ({"site_data": ["a", "b"], "site_names": None}, {"site_data": ["site0=a", "site1=b"]}),
-    ({"site_data": ["a", "b"], "site_names": ["N", "S"]}, {"site_data": ["N=a", "S=b"]}),
-    ({"site_data": None, "site_names": None}, {"site_data": None}),
-    ({"site_data": ["N=a"]}, {"site_data": ["N=a"]}),
-    ({"groups": "g.csv"}, {"table": "g.csv"}), ({"groups": None}, {}),
-    *[({name: value}, {name: value} if kept else {}) for name, value, kept in (
-        ("momentum", 0.9, False), ("momentum", 0.5, True), ("local_only", False, False),
-        ("local_only", True, True), ("seeds", None, False), ("seeds", [1], True),
-        ("models", None, False), ("models", ["x"], True), ("share_scores", False, False),
-        ("share_scores", True, True))]])
-def test_old_arguments_have_todays_names_or_keep_their_own(old, new):
-    today = {"remove": [], "table": None, "columns": None, "skip_unlisted": False}
-    assert run_folder.modern(old) == today | new
 
 
 # ---- ends and starts ----------------------------------------------------------------------------
@@ -271,9 +250,10 @@ def test_a_process_that_torchrun_starts_again_resumes_its_own_newest_run(restart
     assert run_folder.continued(["--lr", "1"]) == ["--lr", "1"]  # nothing was begun
     for name, launcher, age in (("a", mine, 5), ("b", mine, 2), ("c", mine, 9), ("d", "x", 0)):
         restarted(f"runs/{name}", launcher, age)
-    assert run_folder.continued(["--lr", "1", "--help"]) == ["--resume", "runs/b"]
-    assert run_folder.continued(["--timeout", "7", "--lr", "1"]) == [
-        "--resume", "runs/b", "--timeout", "7"]
+    assert run_folder.continued(["--lr", "1", "--help"]) == [
+        "--lr", "1", "--help", "--resume", "runs/b"]
+    assert run_folder.continued(["--timeout", "7", "--cache", "c"]) == [  # as the others have it
+        "--timeout", "7", "--cache", "c", "--resume", "runs/b"]
     assert run_folder.continued(["--resume", "runs/a"]) == ["--resume", "runs/a"]
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     assert provenance.restarts() == 0 and run_folder.continued(["--lr", "1"]) == ["--lr", "1"]

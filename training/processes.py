@@ -20,7 +20,6 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -57,7 +56,6 @@ class Job:
         self.sites: list[str] = []  # names of the hospitals, with --site-data
         self.folder: Path | None = None  # this hospital's own folder
         self.store: dist.Store | None = None
-        self.sent: Counter = Counter()  # bytes that this process sent, by kind
 
     def join(self, args: argparse.Namespace) -> None:
         """Meet the other processes. Changes `args` in place where this process is a hospital."""
@@ -95,6 +93,8 @@ class Job:
                 (not folder or name in ("", ".", "..") or "/" in name, "must be NAME=DIR"),
                 (not (args.out or args.resume), "needs --out, where every site writes a folder"),
                 (args.folds > 1, "a hospital with images of its own has one split: --folds 1"),
+                (not args.resume and (args.data or args.clients or args.partition),
+                 "takes the place of --data, --clients and --partition"),
                 (args.table, "a --table belongs to --data, not to the folders of hospitals"),
                 (args.bn == "local", "the server would keep a state of every site with --bn local"),
                 (self.folder.exists() and not (args.resume or provenance.restarts()),
@@ -158,10 +158,10 @@ class Job:
         for source in range(self.world):
             text = as_bytes(value)
             if self.world > 1:
-                length, mine = torch.tensor([len(text)]), self.rank == source
-                self._cross(kind, dist.broadcast, length, source, sends=mine)
-                text = text if mine else torch.empty(int(length), dtype=torch.uint8)
-                self._cross(kind, dist.broadcast, text, source, sends=mine)
+                length = torch.tensor([len(text)])
+                self._cross(kind, dist.broadcast, length, source)
+                text = text if self.rank == source else torch.empty(int(length), dtype=torch.uint8)
+                self._cross(kind, dist.broadcast, text, source)
             values.append(json.loads(text.numpy().tobytes()))
         return values
 
@@ -175,7 +175,7 @@ class Job:
             return state
         flat = models.pack(state)
         for tensor in flat:
-            self._cross(kind, dist.broadcast, tensor, 0, sends=self.rank == 0)
+            self._cross(kind, dist.broadcast, tensor, 0)
         return models.unpack(flat, state)
 
     def collect(self, chosen: list[int], train: Callable[[int], Update],
@@ -214,7 +214,7 @@ class Job:
         """Begin to send an update to rank 0. Returns what `_arrive` must wait for."""
         header = as_bytes([update.client_id, update.num_examples, update.record], HEADER)
         parcels = [("header", header), *(("update", flat) for flat in models.pack(update.state))]
-        return [(tensor, self._cross(kind, dist.isend, tensor, 0, sends=True))
+        return [(tensor, self._cross(kind, dist.isend, tensor, 0))
                 for kind, tensor in parcels]  # a tensor must live until it has arrived
 
     def _arrive(self, pending: list[tuple]) -> None:
@@ -229,12 +229,10 @@ class Job:
         client_id, num_examples, record = json.loads(header.numpy().tobytes())
         return Update(client_id, num_examples, models.unpack(flat, like), record)
 
-    def _cross(self, kind: str, operation: Callable, *arguments, sends: bool = False) -> object:
-        """The one place where anything crosses: checks the kind, counts the bytes."""
+    def _cross(self, kind: str, operation: Callable, *arguments) -> object:
+        """The one place where anything crosses: checks the kind."""
         if self.sites and kind not in ALLOWED:
             raise RuntimeError(f"{kind} may not leave a site")
-        if sends:
-            self.sent[kind] += arguments[0].numel() * arguments[0].element_size()
         try:
             return operation(*arguments)
         except RuntimeError as error:
