@@ -287,7 +287,7 @@ def test_the_models_of_the_last_round_are_told_as_they_are():
             ("fedavg-iid", "FedAvg IID 3215"), ("central", "the centre 3213"),
             ("central-batch128", "at batch 128 3217"), ("fedavg-dirichlet", "Dirichlet 3196"),
             ("fedavg-stain", "by staining 3202"),
-            ("dirichlet-recalibrate", "(3226 right"), ("dirichlet-plain", "to 3194)")):
+            ("central-40", "have 3230 right"), ("dirichlet-recalibrate", "(3226 right"), ("dirichlet-plain", "to 3194)")):
         tests = [results(ROOT / "results" / f"folds-{name}" / f"fold{k}")["last"]["test"]
                  for k in range(1, 6)]
         hits = sum(round(test["accuracy"]["value"] * test["n"]) for test in tests)
@@ -301,6 +301,7 @@ def test_the_models_of_the_last_round_are_told_as_they_are():
     ("dirichlet-fold1-comparison", [
         "folds-dirichlet-plain/fold1", "folds-dirichlet-recalibrate/fold1", "fold1-dirichlet-*",
         "folds-fedavg-dirichlet/fold1"]),
+    ("central40-comparison", ["folds-central-40", "folds-central", "folds-fedavg-iid"]),
     ("stain-fold1-comparison", ["folds-fedavg-stain/fold1", "fold1-stain-*"]),
     ("iid-fold1-comparison", ["folds-fedavg-iid/fold1", "fold1-iid-*"])])
 def test_the_committed_comparisons_of_remedies_are_what_their_predictions_give(
