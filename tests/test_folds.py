@@ -19,7 +19,7 @@ import train_central
 import train_federated
 from dataset import parts, splits
 from dataset.images import colour_statistics
-from reporting import finished, tables
+from reporting import finished, paired, tables
 
 
 @pytest.fixture(scope="module")
@@ -286,12 +286,34 @@ def test_the_models_of_the_last_round_are_told_as_they_are():
     for name, words in (
             ("fedavg-iid", "FedAvg IID 3215"), ("central", "the centre 3213"),
             ("central-batch128", "at batch 128 3217"), ("fedavg-dirichlet", "Dirichlet 3196"),
-            ("fedavg-stain", "by staining 3202"),
-            ("central-40", "have 3230 right"), ("dirichlet-recalibrate", "(3226 right"), ("dirichlet-plain", "to 3194)")):
+            ("fedavg-stain", "by staining 3202"), ("central-40", "have 3230 right"),
+            ("dirichlet-recalibrate", "(3226 right"), ("dirichlet-plain", "to 3194)")):
         tests = [results(ROOT / "results" / f"folds-{name}" / f"fold{k}")["last"]["test"]
                  for k in range(1, 6)]
         hits = sum(round(test["accuracy"]["value"] * test["n"]) for test in tests)
         assert str(hits) in words and words in page
+
+
+def test_what_the_last_models_predict_gives_the_differences_on_the_page():
+    page = " ".join((ROOT / "docs" / "results.md").read_text("utf-8").replace("−", "-").split())
+    with open(ROOT / "results" / "last-round.csv", encoding="utf-8", newline="") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    chosen, last = {}, {}
+    for name in ("folds-central-40", "folds-dirichlet-plain", "folds-dirichlet-recalibrate"):
+        (run,) = compare.load(ROOT / "results" / name)
+        chosen[name], test = run.correct(), run.test
+        last[name] = np.array([rows[path][name] == test.classes[y]
+                               for path, y in zip(test.paths, test.labels, strict=True)])
+        folds = [results(ROOT / "results" / name / f"fold{k}")["last"]["test"] for k in range(1, 6)]
+        assert last[name].sum() == sum(np.trace(np.array(fold["confusion"])) for fold in folds)
+    members = splits.numbered(run.units[1])
+    plain, recalibrated = "folds-dirichlet-plain", "folds-dirichlet-recalibrate"
+    for a, b in ((last["folds-central-40"], chosen["folds-central-40"]),
+                 (last[plain], chosen[plain]), (last[recalibrated], chosen[recalibrated]),
+                 (last[recalibrated], last[plain])):
+        found = paired.paired_difference(a.astype(float), b.astype(float), members, "group")
+        value, low, high = (f"{found[key]:+.4f}" for key in ("value", "low", "high"))
+        assert f"{value} ({low} … {high})" in page
 
 
 @pytest.mark.parametrize(("name", "runs"), [
