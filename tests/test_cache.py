@@ -152,6 +152,7 @@ def test_a_system_without_fallocate_and_a_broken_link_do_no_harm(root, tmp_path,
 STOPPED = """
 import data, os, signal, sys
 from dataset import files
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
 decode = files.decode
 def stop(path, size):
     if path.stem == "b-006":
