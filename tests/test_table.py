@@ -432,6 +432,8 @@ def test_named_clients_are_named_everywhere_and_the_run_stands_alone(odd_tree, t
     assert "### By patient: intervals that count patients" in (out / "report.md").read_text()
     (tmp_path / "t.csv").unlink()  # what the table said stands in split.csv
     audit.main(["run", str(out)])
+    probes = json.loads((out / "audit" / "audit.json").read_text("utf-8"))["probes"]
+    assert {p["mcnemar"] for p in probes.values()} == {None}  # it would count images, not patients
     alone = tmp_path / "alone"
     train_central.main(["--like", str(out), "--local-only", "--table", str(out / "split.csv"),
                         "--out", str(alone)])
