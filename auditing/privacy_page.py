@@ -17,7 +17,7 @@ NULLS = {"controls": "controls", "placebo": "network before training", "nobody":
 LIMITS = """- An image is no patient. A split by image puts the images of a patient on both sides;
   what tells a patient is then in both arms and cancels. Of patients nothing is
   measured; their risk may be larger.
-- Chosen beforehand, not corrected for their number. Stronger attacks (LiRA) need tens of models.
+- The attacks were chosen beforehand. Rows are not corrected for their number. LiRA was not tried.
 - The true rate of false alarms is exact for scores as they are. The median of each class, taken
   from the same non-members, makes it approximate.
 - No ε follows from an attack. The figures come from private data: a hospital keeps them inside."""
