@@ -22,8 +22,8 @@ import numpy as np
 from dataset import splits
 from reporting import figures, finished, metrics, pages, paired, report, run_folder, terminal
 
-# Table 4: name, hits and images that the accuracy implies (FACTS: 652 is the only size up to 1,000
-# that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).
+# Table 4: name, hits and images that the accuracy implies (652 is the only size up to
+# 1,000 that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).
 PAPER = [("FedAvg + ResNet50", 323, 325, (0.9939, 0.9938, 0.9938), 0.9999),
          ("ResNet50 (centralised)", 641, 652, (0.98, 0.98, 0.98), None),
          ("VGG16", 635, 652, (0.97, 0.97, 0.97), None),

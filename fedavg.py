@@ -76,7 +76,7 @@ def accept(update: Update, records: list[dict], local_bn: dict[int, State],
     finite = models.is_finite(update.state)
     records.append({"client": update.client_id, "num_examples": update.num_examples,
                     **update.record, "left_out": not finite})
-    if not finite:  # one NaN would spoil the average; the rest is divided by the n_k of the rest
+    if not finite:  # one NaN would spoil the average, which divides by the n_k kept
         records[-1]["update_norm"] = None
         warn(f"the update of client {update.client_id} is not finite and is LEFT OUT of the mean")
         return None
@@ -131,8 +131,8 @@ def train_client(model: nn.Module, start: State, images: data.Images, indices: n
                  recipe: Recipe, key: Key, progress: Progress = lambda n: None) -> Update:
     """ClientUpdate(k, θ) of Algorithm 1: train from `start` on the client's own images.
 
-    indices: int64 [n_k] into `images`. The update's state is no copy but the memory of `model`: use
-    it before the next client trains, which overwrites it. InputError as `train_local`."""
+    indices: int64 [n_k] into `images`. The update's state is the memory of `model`, not a
+    copy: use it before the next client trains and overwrites it. InputError as `train_local`."""
     state = model.state_dict()  # no copy: writing into it changes `model`, training changes it
     for name, value in state.items():  # load_state_dict takes three times as long
         value.copy_(start[name])

@@ -64,8 +64,8 @@ def train(args: argparse.Namespace, job: processes.Job, folder: Path | None,
     checkpoint = experiment.start(args, job, folder, run)  # round 0, or where --resume goes on
     state, local_bn, history = checkpoint["state"], checkpoint["local_bn"], checkpoint["history"]
     model, images = run.model, run.images
-    (split,), (clients,) = run.several.values(), run.clients.values()  # of one split
-    measurable = {name: job.part(indices) for name, indices in split.items()}  # here
+    (split,), (clients,) = run.several.values(), run.clients.values()  # a run has one split here
+    measurable = {name: job.part(indices) for name, indices in split.items()}  # in this process
     counts = job.total("counts", images.class_counts(measurable["train"]))
     first_recipe = experiment.weighted(args, run, counts)
     bn_keys = models.batchnorm_keys(model) if args.bn == "local" else []
