@@ -43,8 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cache", metavar="DIR", help="keep decoded pixels in files there, for the next start; "
         "the set may be larger than memory")
     add("--skip-bad", action="store_true", help="go on without unreadable images, and record which")
+    add("--remove", nargs="+", choices=interventions.INTERVENTIONS, default=[], metavar="SHORTCUT",
+        help="take a shortcut away from every image: scale-bar paints its corner over, colour "
+        "makes the mean of the three channels equal")
     table.add_arguments(add)
-    interventions.add_arguments(parser)
     parts.add_arguments(parser)
 
 
@@ -253,7 +255,7 @@ def describe(args: argparse.Namespace, images: Images) -> None:
     for path, reason in images.bad:
         print(f"  unreadable: {path} ({reason})")
     parts.settle(args, images)
-    split = parts.make_split(args, images)
+    split = parts.make_splits(args, images)[""]
     clients = parts.make_clients(args, images, split)
     rows = [("all", np.arange(len(images.paths))), *split.items(),
             *zip(images.titles(clients), clients, strict=True)]

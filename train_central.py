@@ -169,16 +169,14 @@ def train_parts(args: argparse.Namespace, folder: Path, run: experiment.Experime
     """Folds, or hospitals alone: each from the same start in a folder of its own, then pooled."""
     from reporting import report
     start = models.moved(run.model.state_dict(), "cpu")
-    tests = {fold: split["test"] for fold, split in run.several.items() if args.folds > 1}
     for client_id, (client, folds) in enumerate(parts.items()):
         place = folder / client
-        if client and tests:  # a hospital alone in every fold is a cross-validation of its own
+        if client and args.folds > 1:  # a hospital alone, in every fold: with results of its own
             place = experiment.open_part(args, place, run, next(iter(folds.values())))
         for fold, split in folds.items():
             part = experiment.open_part(args, place / fold, run, split)
             train_alone(args, part, run, split, start, client_id)
-        if tests:
-            tables.write_split(place, run.images, tests, [])
+        if args.folds > 1:
             report.pool_folds(place, run.images, {k: [s] for k, s in folds.items()}, {})
     if "" not in parts:
         titles = [f"client {name}" if name.isdecimal() else name for name in names]

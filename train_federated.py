@@ -23,7 +23,7 @@ import data
 import fedavg
 import models
 from dataset import parts
-from reporting import run_folder, tables, terminal
+from reporting import run_folder, terminal
 from training import evaluation, experiment, processes
 from training.recipe import DEMONSTRATION, add_recipe_arguments
 
@@ -152,9 +152,6 @@ def train_folds(args: argparse.Namespace, job: processes.Job, folder: Path | Non
                 run: experiment.Experiment) -> None:
     """Cross-validation: every fold a whole run from the same start; then predictions are pooled."""
     start = models.moved(run.model.state_dict(), "cpu")
-    if folder is not None:
-        tests = {name: split["test"] for name, split in run.several.items()}
-        tables.write_split(folder, run.images, tests, [])
     for name, split in run.several.items():
         fold = folder and experiment.open_part(args, folder / name, run, split)
         run.model.load_state_dict(start)

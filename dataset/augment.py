@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GREY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale weights
-
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -73,7 +71,7 @@ def _blend(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
 
 def _grey(images: Tensor) -> Tensor:
     red, green, blue = images.unbind(1)
-    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).unsqueeze(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)  # as torchvision
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:

@@ -50,8 +50,7 @@ class Found:
     labels: list[str]  # class names; "" where only a table knows them
     known: dict[str, list[str]]  # patient, group, split, client: a value an image, "" for unknown
     ignored: Counter = field(default_factory=Counter)  # files that were passed over, by suffix
-    inner: Path | None = None  # the folder of the class folders, where labels are not from there
-    above: tuple[Path, ...] = ()  # where paths of a table may begin as well
+    places: tuple[Path, ...] = (Path(),)  # --data, and the folder of the class folders
 
     def by_class(self) -> "Found":
         """The same, class by class, within a class in the same order."""
@@ -77,7 +76,7 @@ def find_images(root: Path, classes: list[str] | None = None, labelled: bool = F
         files, ignored = find_files(root, set())
         known = {"split": [next((PARTS[p.name.lower()] for p in parts if f.is_relative_to(p)), "")
                            for f in files]} if parts else {}
-        return Found(root, files, [""] * len(files), known, ignored, base)
+        return Found(root, files, [""] * len(files), known, ignored, (root, base))
     if len({PARTS[p.name.lower()] for p in parts}) < len(parts) or any(
             set(tree) != set(trees[0]) for tree in trees) and classes is None:
         raise InputError(f"--data {base}: {', '.join(p.name for p in parts)}: parts of a given "
@@ -86,7 +85,7 @@ def find_images(root: Path, classes: list[str] | None = None, labelled: bool = F
     visited = set(map(os.path.realpath, entered))
     if len(visited) < len(entered):
         raise InputError(f"--data {base}: one folder under two names, by a link")
-    out = Found(base, [], [], {"split": []} if parts else {}, above=(root,))
+    out = Found(base, [], [], {"split": []} if parts else {}, places=(root, base))
     above = [p for p in base.parents if p.is_relative_to(root)]  # wrapping folders
     out.ignored = Counter(p.suffix or p.name for folder in (base, *parts, *above)
                           for p in folder.iterdir() if (p.is_file() or folder not in above)
@@ -109,8 +108,10 @@ def descend(root: Path, classes: list[str] | None = None) -> tuple[Path, list[Pa
     Steps into a folder `Original` and single wrapping folders. InputError for none, or several."""
     if not root.is_dir():
         raise InputError(f"--data {root}: no such folder")
+    runs = Path("runs").resolve()  # ours: what it holds are figures of runs
     while True:
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name)
+                         and p.resolve() != runs and not (p / "run.json").exists())
         known = {p.name.lower(): p for p in folders}
         if parts := [p.name for p in folders if p.name.lower() in PARTS]:
             if len(parts) < len(folders):
@@ -141,6 +142,8 @@ def find_class_folders(root: Path, classes: list[str] | None = None) -> dict[str
     if folders[0].name.lower() in PARTS:
         raise InputError(f"--data {root}: parts of a given split where classes should be")
     names = class_names([p.name for p in folders], classes, f"--data {root}")
+    if len(set(names.values())) < len(names):
+        raise InputError(f"--data {root}: class folders of the same name in two Unicode forms")
     inside = [sorted(q.name for q in p.iterdir() if q.is_dir()) for p in folders]
     if len(inside) > 1 < len(inside[0]) and all(inner == inside[0] for inner in inside):
         warn(f"note: --data {root}: {', '.join(inside[0])} in each class are not taken for classes")
@@ -159,7 +162,7 @@ def class_names(given: list[str], classes: list[str] | None, where: str) -> dict
                          f"{', '.join(classes)}")
     if len({name.casefold() for name in given}) < len(given):
         warn(f"note: {where}: classes that differ by case alone: {', '.join(given)}")
-    if len(given) < 2 and classes is None:
+    if len(set(names.values())) < 2 and classes is None:
         raise InputError(f"{where}: one class only ({', '.join(given)}), nothing to tell apart")
     return names
 

@@ -1,7 +1,7 @@
 """Two ways to take a shortcut away from the pixels, for training and for audits: uint8 to uint8."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,27 +11,18 @@ CORNER = (0.7, 0.85, 1.0, 1.0)  # left, top, right, bottom, shares: where the sc
 MARGIN = 0.1  # of the side: how far around it the local background is looked for
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flag of the interventions, shared by every script that reads images."""
-    parser.add_argument_group("interventions").add_argument(
-        "--remove", nargs="+", choices=INTERVENTIONS, default=[], metavar="SHORTCUT",
-        help="take a shortcut away from every image: scale-bar paints its corner over, colour "
-        "makes the mean of the three channels equal")
-
-
 def chosen(args: argparse.Namespace) -> list[str]:
     """The interventions that the flags ask for, in the order of application."""
     return [name for name in INTERVENTIONS if name in args.remove]
 
 
-def apply(pixels: Tensor, names: Iterable[str]) -> Tensor:
+def apply(pixels: Tensor, names: Sequence[str]) -> Tensor:
     """Pixels uint8 [n, 3, H, W] after the interventions; the input itself where there is none."""
+    result = pixels.clone() if names else pixels  # a clone keeps the memory layout
     for name in names:
-        result = torch.empty_like(pixels)  # keeps the memory layout
-        for i, image in enumerate(pixels):
+        for i, image in enumerate(result):
             result[i] = INTERVENTIONS[name](image)
-        pixels = result
-    return pixels
+    return result
 
 
 def mask_corner(image: Tensor) -> Tensor:

@@ -44,9 +44,8 @@ def settle(args: argparse.Namespace, images: Images) -> None:
     the table (or a tree that is split already) is used unless a flag says otherwise, and one line
     says what is. Changes `args`; columns that are not used leave `images.known`."""
     known, folds = images.known, getattr(args, "folds", 1)
-    grouped = any(unit in known for unit in UNITS)
     args.split = args.split or ("given" if "split" in known and folds == 1 else
-                                "grouped" if grouped else
+                                "grouped" if known.keys() & set(UNITS) else
                                 "random" if folds == 1 else "stratified")
     if "clients" in args:
         args.partition = args.partition or ("given" if "client" in known else "iid")
@@ -67,31 +66,23 @@ def settle(args: argparse.Namespace, images: Images) -> None:
         args.clients = args.clients or count
 
 
-def make_split(args: argparse.Namespace, images: Images) -> splits.Split:
-    """The split that the flags describe; prints test images with an identical twin in training."""
-    labels = images.labels.numpy()
-    if args.split == "given":
-        split = splits.given(images.known["split"], labels, args.split_seed, groups_of(images))
+def make_splits(args: argparse.Namespace, images: Images) -> dict[str, splits.Split]:
+    """The split that the flags describe, named "", or those of cross-validation, fold1, fold2, ...
+    What may not be cut stays together: images of one patient or group, else identical images.
+    Prints test images with an identical twin in training."""
+    labels, units = images.labels.numpy(), list(images.units().values())
+    joined = splits.joined(units).tolist() if units else None
+    known = {"paths": images.paths, "groups": joined or images.digests}
+    if getattr(args, "folds", 1) > 1:
+        folds = splits.make_folds(args.split, labels, args.folds, args.split_seed,
+                                  inner_val=args.inner_val, **known)
+        several = {f"fold{k}": fold for k, fold in enumerate(folds, 1)}
+    elif args.split == "given":
+        several = {"": splits.given(images.known["split"], labels, args.split_seed, joined)}
     else:
-        split = splits.make_split(args.split, labels, args.split_seed, paths=images.paths,
-                                  groups=groups_of(images) or images.digests)
-    _check_parts(args, images, [split])
-    return split
-
-
-def make_folds(args: argparse.Namespace, images: Images) -> list[splits.Split]:
-    """The --folds splits of k-fold cross-validation, checked and described like `make_split`."""
-    folds = splits.make_folds(args.split, images.labels.numpy(), args.folds, args.split_seed,
-                              inner_val=args.inner_val, paths=images.paths,
-                              groups=groups_of(images) or images.digests)
-    _check_parts(args, images, folds)
-    return folds
-
-
-def groups_of(images: Images) -> list[int] | None:
-    """What may not be cut: images of one patient, or of one group, stay together."""
-    units = list(images.units().values())
-    return splits.joined(units).tolist() if units else None
+        several = {"": splits.make_split(args.split, labels, args.split_seed, **known)}
+    _check_parts(args, images, list(several.values()))
+    return several
 
 
 def _check_parts(args: argparse.Namespace, images: Images, several: list[splits.Split]) -> None:
@@ -137,9 +128,8 @@ def make_clients(args: argparse.Namespace, images: Images, split: splits.Split) 
         clients = [split["train"][owner[split["train"]] == k] for k in range(args.clients)]
         if not all(map(len, clients)):
             raise InputError(f"--partition stain: no class has images for {args.clients} clients")
-        red = colour_statistics(images.array(), "means")[:, 0]
-        classes = [split["train"][images.labels[split["train"]] == c] for c in
-                   range(len(images.classes))]
+        red, train = colour_statistics(images.array(), "means")[:, 0], split["train"]
+        classes = [train[images.labels[train] == c] for c in range(len(images.classes))]
         print("mean red of the hospitals " + ", ".join(f"{red[own].mean():.1f}" for own in clients)
               + "; of the classes " + ", ".join(f"{red[own].mean():.1f}" for own in classes))
         return clients
@@ -161,8 +151,7 @@ def deal_part(args: argparse.Namespace, images: Images, part: np.ndarray,
     if args.partition == "stain":  # each hospital is judged on its own stain
         owner = stain_owners(args, images, np.sort(np.concatenate(clients)))
         return [part[owner[part] == k] for k in range(len(clients))]
-    names = images.known.get("client")
-    given = np.array([""] * len(part)) if names is None else names[part]
+    given = images.known.get("client", np.full(len(images.labels), ""))[part]
     counts = np.array([images.class_counts(own) for own in clients]).T  # [C, K]
     dealt = splits.deal(images.labels.numpy(), part[given == ""], counts,
                         np.random.default_rng([args.split_seed, 99]))

@@ -44,15 +44,14 @@ def make_split(kind: str, labels: np.ndarray, seed: int, *, paths: list[str] | N
         test, val, train = _take_groups(np.arange(n), groups, [tenth, tenth], seed)
     elif kind == "blocked":
         return _blocked(labels, paths)
-    split = {name: np.sort(part).astype(np.int64)
-             for name, part in (("train", train), ("val", val), ("test", test))}
+    split = {"train": train, "val": val, "test": test}
     for name, part in split.items():
-        if len(part) == 0:
-            sizes = np.unique(groups, return_counts=True)[1] if kind == "grouped" else []
-            raise InputError(f"the {kind} split leaves the {name} part empty" + (
-                f": of {len(sizes)} groups the smallest has {min(sizes)} images, and a part holds "
-                f"at most {tenth}; more groups are needed, or smaller ones" if len(sizes) else ""))
-    return split
+        if len(part) == 0:  # of whole groups alone
+            sizes = np.unique(groups, return_counts=True)[1]
+            raise InputError(f"the grouped split leaves the {name} part empty: of {len(sizes)} "
+                             f"groups the smallest has {min(sizes)} images, and a part holds at "
+                             f"most {tenth}; more groups are needed, or smaller ones")
+    return {name: np.sort(part).astype(np.int64) for name, part in split.items()}
 
 
 def _stratified(indices: np.ndarray, labels: np.ndarray | None, size: float, seed: int):

@@ -14,6 +14,7 @@ import csv
 import io
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +63,11 @@ def read(path: str, headings: list[str] | None = None) -> Table:
     name = f"--table {path}"
     raw = Path(path).read_bytes()
     encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # Excel has both
-    text = io.StringIO(raw.decode(encoding, "surrogateescape"), newline="").readlines()
     try:
+        text = io.StringIO(raw.decode(encoding, "surrogateescape"), newline="").readlines()
         readings = [[row for row in csv.reader(text, delimiter=d, skipinitialspace=True)
                      if any(map(str.strip, row))] for d in ",;\t"]
-    except csv.Error as error:
+    except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{name}: not a CSV file ({error})") from None
     lines = max(readings, key=lambda rows: len(rows[0]) if rows else 0)
     header = [heading.strip() for heading in lines[0]] if lines else []
@@ -125,7 +126,7 @@ def _find_columns(name: str, header: list[str], headings: list[str]) -> dict[str
     return {column: header.index(h) for column, h in wanted.items() if h in header}
 
 
-def match(table: Table, files: list[Path], places: list[Path]) -> dict[int, dict[str, str]]:
+def match(table: Table, files: list[Path], places: Sequence[Path]) -> dict[int, dict[str, str]]:
     """The row of each file that the table names, by the file's number. A path is tried in each of
     the folders `places`; then as a name without folder, then without suffix, where exactly one file
     fits (a note counts these). InputError for a row of no file or several, and two rows of one."""
@@ -147,7 +148,7 @@ def match(table: Table, files: list[Path], places: list[Path]) -> dict[int, dict
         none += [path] if not fits else []
         several += [f"{path} ({len(fits)} files)"] if len(fits) > 1 else []
     if none:
-        raise table.wrong(f"path(s) are no image under {places[-1]}", none)
+        raise table.wrong(f"path(s) are no image under {places[0]}", none)
     if several:
         raise table.wrong("path(s) are no file, and as names fit several", several)
     if twice := [str(files[i]) for i, count in Counter(found).items() if count > 1]:
@@ -162,10 +163,9 @@ def apply(table: Table, found: Found, skip_unlisted: bool, classes: list[str] | 
     """The images that the table names, with what it says of them, in the order of `found`.
     classes: the class list of a federation. Raises InputError for images that it does not name,
     unless they are skipped, and where it leaves one class only."""
-    rows = match(table, found.files, [found.base, *filter(None, [found.inner]), *found.above])
-    base = found.base
-    if found.inner and all(found.files[i].is_relative_to(found.inner) for i in rows):
-        base = found.inner  # the folder that holds the class folders, as without a table
+    rows, base = match(table, found.files, found.places), found.base
+    if all(found.files[i].is_relative_to(found.places[-1]) for i in rows):
+        base = found.places[-1]  # the folder that holds the class folders, as without a table
     inside = [i for i, file in enumerate(found.files) if file.is_relative_to(base)]
     unlisted = [found.files[i].relative_to(base).as_posix() for i in inside if i not in rows]
     if unlisted and not skip_unlisted:

@@ -77,7 +77,7 @@ def parse(description: str, groups: Sequence, defaults: Callable[[argparse.Names
         return argparse.Namespace(**again)
     parser.set_defaults(**defaults(args))
     args = parser.parse_args(argv)
-    if args.out is not None and Path(args.out).exists() and "RANK" not in os.environ:
+    if args.out is not None and Path(args.out).exists() and os.environ.get("RANK", "0") == "0":
         raise InputError(f"--out {args.out}: exists already (--resume continues a run)")
     return args
 

@@ -118,6 +118,23 @@ def test_original_is_entered_only_where_nothing_else_could_be_meant(tmp_path):
     assert list(find_class_folders(tmp_path / "flat")) == ["Copy", "Original"]
 
 
+def test_runs_and_other_run_folders_are_no_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tree(tmp_path, {"Benign": 2, "Early": 2, "runs": 2, "elsewhere": 2})
+    (tmp_path / "elsewhere" / "run.json").write_text("{}")
+    assert list(find_class_folders(tmp_path)) == ["Benign", "Early"]
+    monkeypatch.chdir("/")
+    assert list(find_class_folders(tmp_path)) == ["Benign", "Early", "runs"]  # of another place
+
+
+def test_class_folders_of_one_name_in_two_unicode_forms_are_refused(tmp_path):
+    write_tree(tmp_path, {"b": 2, "\u00e9": 2, "e\u0301": 2})
+    with pytest.raises(InputError, match="two Unicode forms"):
+        find_class_folders(tmp_path)
+    with pytest.raises(InputError, match="one class only"):
+        class_names(["\u00e9", "e\u0301"], None, "x")
+
+
 def test_what_lies_beside_a_wrapping_folder_is_counted_and_the_folder_is_not(tmp_path):
     root = tmp_path / "set"
     for part in ("train", "test"):

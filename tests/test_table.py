@@ -67,6 +67,9 @@ def test_what_r_pandas_and_excel_write_is_read(tmp_path):
     (tmp_path / "t.csv").write_bytes("path;label\nä;x\nb;ä\n".encode("cp1252"))
     with pytest.raises(InputError, match="row 3 is not Unicode; save the table as CSV UTF-8"):
         table.read(path)
+    (tmp_path / "t.csv").write_bytes("path,label\n".encode("utf-16")[:-1])  # cut in a letter
+    with pytest.raises(InputError, match="not a CSV file"):
+        table.read(path)
 
 
 def test_letters_of_two_signs_are_letters_of_one(tmp_path, capsys):
@@ -226,7 +229,7 @@ def test_a_column_that_is_there_is_used(known, capsys):
     assert (args.split, args.partition, args.clients) == ("given", "given", 3)
     assert capsys.readouterr().out == ("given with the images: patient used, split used, client "
                                        "used; --split given, --partition given\n")
-    split = parts.make_split(args, images)
+    split = parts.make_splits(args, images)[""]
     assert [len(split[p]) for p in ("train", "val", "test")] == [16, 4, 4]
     clients = parts.make_clients(args, images, split)
     assert images.client_names(clients) == ["9", "10", "N"]  # numbers as numbers, then words
@@ -288,14 +291,14 @@ def test_a_flag_wins_over_a_column(known, capsys):
 def test_patients_are_never_cut_and_those_on_both_sides_are_a_loud_warning(known, capsys):
     images = known[2]("split", "client")
     patients = images.known["patient"]
-    for several in ([parts.make_split(settled(images), images)],
-                    parts.make_folds(settled(images, folds=3), images)):
+    for folds in (1, 3):
+        several = list(parts.make_splits(settled(images, folds=folds), images).values())
         for split in several:
             owners = [set(patients[split[p]].tolist()) for p in ("train", "val", "test")]
             assert not owners[0] & owners[1] and not owners[0] & owners[2]
             assert not owners[1] & owners[2]
     assert "WARNING" not in capsys.readouterr().err
-    split = parts.make_split(settled(images, split="random"), images)
+    split = parts.make_splits(settled(images, split="random"), images)[""]
     shared = set(patients[split["train"]].tolist()) & set(patients[split["test"]].tolist())
     assert shared and f"WARNING: {len(shared)} patient(s) have images in" in capsys.readouterr().err
 
@@ -306,7 +309,7 @@ def test_twins_and_patients_on_both_sides_are_counted(capsys):
     words = ["train", "train", "val", "train", "test", "train", "test", "val", "train", "test"]
     images.known = {"split": np.array(words), "patient": np.array(list("0123456789"))}
     images.known["patient"][[4, 6]] = "5"
-    split = parts.make_split(settled(images, split="given"), images)
+    split = parts.make_splits(settled(images, split="given"), images)[""]
     assert split["train"].tolist() == [0, 1, 3, 5, 8]
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1] == (
@@ -318,13 +321,13 @@ def test_twins_and_patients_on_both_sides_are_counted(capsys):
     assert "1 patient(s)" in parts.both_sides(images, [split, split])[0]
     images.known["split"][[0, 8]] = "dropped"  # the only ones of class 0 in training
     with pytest.raises(InputError, match="class c0 is too small for the given split"):
-        parts.make_split(settled(images, split="given"), images)
+        parts.make_splits(settled(images, split="given"), images)[""]
 
 
 def test_without_a_table_identical_images_stay_together():
     images = toy_images(40, classes=2)
     images.digests = [str(i // 4) for i in range(40)]
-    split = parts.make_split(settled(images, split="grouped"), images)
+    split = parts.make_splits(settled(images, split="grouped"), images)[""]
     for part in split.values():
         assert len(part) >= 4 and set(np.bincount(part // 4).tolist()) <= {0, 4}
 
@@ -366,7 +369,7 @@ def test_the_parts_that_are_not_given(known, capsys):
     images = toy_images(24, classes=2)
     images.known = {"split": words, "patient": np.array(["one"] * 24)}
     with pytest.raises(InputError, match="given split: the training part has none of it"):
-        parts.make_split(settled(images, split="given"), images)
+        parts.make_splits(settled(images, split="given"), images)[""]
     with pytest.raises(InputError, match="no test part; give one, or name another split"):
         splits.given(np.array(["train"] * 24), labels, 42)
     both = splits.given(np.array(["train"] * 20 + ["val+test"] * 3 + ["dropped"]), labels, 42)

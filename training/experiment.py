@@ -55,10 +55,7 @@ def prepare(args: argparse.Namespace, job: Job, facts: dict) -> Experiment:
         models.read_file(weights)
     images = data.load(args)
     parts.settle(args, images)
-    folds = getattr(args, "folds", 1)
-    several = ({"": parts.make_split(args, images)} if folds == 1 else
-               {f"fold{k}": fold for k, fold in enumerate(parts.make_folds(args, images), 1)})
-    clients = {}
+    several, clients = parts.make_splits(args, images), {}
     if job.folder is not None:  # a hospital with images of its own knows no others
         own, nothing = several[""]["train"], several[""]["train"][:0]
         clients[""] = [own if k == job.rank else nothing for k in range(job.world)]

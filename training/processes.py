@@ -63,8 +63,6 @@ class Job:
             raise InputError("--site-data and --classes need torchrun: one process a hospital")
         if self.world == 1:
             return
-        if self.rank == 0 and args.out is not None and Path(args.out).exists():
-            raise InputError(f"--out {args.out}: exists already (--resume continues a run)")
         name = self._take_site(args) if args.site_data else None
         limit = timedelta(seconds=args.timeout)
         try:
