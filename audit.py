@@ -25,7 +25,7 @@ import models
 from auditing import duplicates, privacy, privacy_page, probes
 from dataset import interventions, splits, table
 from dataset.images import UNITS
-from reporting import figures, finished, inference, metrics, paired, report, run_folder, tables
+from reporting import figures, finished, inference, metrics, report, run_folder
 from reporting.pages import markdown, write_page
 from reporting.terminal import show
 
@@ -92,42 +92,36 @@ def audit_data(args: argparse.Namespace) -> None:
     """Duplicates, shortcut probes and split seeds of a data set."""
     images = data.read_folder(args.data, args.image_size, skip_bad=True, listed=table.chosen(args),
                               skip_unlisted=args.skip_unlisted, cache=args.cache)
+    labels = images.labels.numpy()
     with run_folder.made(args.out, f"runs/audit-{images.name}") as folder:
-        result = write_data_audit(args, images, folder)
-    counts = result["duplicates"]
+        groups, counts, near = duplicates.find_groups(images)
+        groups = splits.joined([groups, *images.units().values()])
+        features = probes.features(images)
+        several = probe_splits(images, groups)
+        rows = {probe: {name: probes.score(x, labels, parts) for name, parts in several.items()}
+                for probe, x in tqdm(features.items(), "probes", disable=None, leave=False)}
+        result = {
+            "data": images.name, "fingerprint": images.fingerprint(), "bad_files": images.bad,
+            "duplicates": counts, "joined_with": list(images.units()),
+            "test_images_with_partner": partners(images, groups),
+            "probes": rows, "majority_class": float(np.bincount(labels).max() / len(labels)),
+            "split_seeds": seed_distribution(features["colour statistics"], labels,
+                                             args.split_seeds)}
+        run_folder.write_csv(folder / "groups.csv", [
+            ["path", "label", "group"],
+            *([path, images.classes[label], images.paths[g]]
+              for path, label, g in zip(images.paths, labels, groups, strict=True))])
+        run_folder.write_json(folder / "audit.json", result)
+        with report.decoration(f"{folder}/audit.json"):
+            figures.plot_pairs(images, near, folder / "near-duplicates.png")
+            figures.plot_interventions(images, folder / "interventions.png")
+            figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
+            figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
+            write_page(folder, data_page(result))
     print(f"{counts['identical_copies']} identical copies, {counts['near_pairs']} near pairs "
           f"({counts['near_pairs_across_classes']} across classes), {counts['groups']} groups")
-    print(probe_table(result["probes"]))
+    print(probe_table(rows))
     report.print_place(folder)
-
-
-def write_data_audit(args: argparse.Namespace, images: data.Images, folder: Path) -> dict:
-    """audit.json, groups.csv, figures and report.md; returns what the first holds."""
-    labels = images.labels.numpy()
-    groups, counts, near = duplicates.find_groups(images)
-    groups = splits.joined([groups, *images.units().values()])
-    features = probes.features(images)
-    several = probe_splits(images, groups)
-    rows = {probe: {name: probes.score(x, labels, parts) for name, parts in several.items()}
-            for probe, x in tqdm(features.items(), "probes", disable=None, leave=False)}
-    result = {"data": images.name, "fingerprint": images.fingerprint(), "bad_files": images.bad,
-              "duplicates": counts, "joined_with": list(images.units()),
-              "test_images_with_partner": partners(images, groups),
-              "probes": rows, "majority_class": float(np.bincount(labels).max() / len(labels)),
-              "split_seeds": seed_distribution(features["colour statistics"], labels,
-                                               args.split_seeds)}
-    tables.write_csv(folder / "groups.csv", [
-        ["path", "label", "group"],
-        *([path, images.classes[label], images.paths[g]]
-          for path, label, g in zip(images.paths, labels, groups, strict=True))])
-    run_folder.write_json(folder / "audit.json", result)
-    with report.decoration(f"{folder}/audit.json"):
-        figures.plot_pairs(images, near, folder / "near-duplicates.png")
-        figures.plot_interventions(images, folder / "interventions.png")
-        figures.plot_probes(rows, result["majority_class"], folder / "probes.png")
-        figures.plot_seeds(result["split_seeds"], folder / "split-seeds.png")
-        write_page(folder, data_page(result))
-    return result
 
 
 def data_page(result: dict) -> list[str]:
@@ -174,8 +168,8 @@ def against_probes(correct: np.ndarray, images: data.Images, split: splits.Split
     for name, x in probes.features(images).items():
         hit = probes.fit_predict(x, labels, split["train"], split["test"]) == labels[split["test"]]
         out[name] = {"accuracy": metrics.wilson(int(hit.sum()), len(hit)),
-                     "difference": paired.paired_difference(correct, hit, members, "group"),
-                     "mcnemar": paired.mcnemar(correct, hit) if members is None else None}
+                     "difference": metrics.paired_difference(correct, hit, members, "group"),
+                     "mcnemar": metrics.mcnemar(correct, hit) if members is None else None}
     return out
 
 
@@ -189,7 +183,7 @@ def under_interventions(trained: inference.Trained, pixels: torch.Tensor, labels
         p = inference.logits(trained, interventions.apply(pixels, [name])).argmax(1).numpy()
         hit = p == labels
         out[name] = {"accuracy": metrics.wilson(int(hit.sum()), len(hit)),
-                     "difference": paired.paired_difference(hit, correct, members, "group")}
+                     "difference": metrics.paired_difference(hit, correct, members, "group")}
     return out
 
 
@@ -227,7 +221,7 @@ def audit_run(args: argparse.Namespace) -> None:
     test = finished.read_predictions(folder)
     groups = read_groups(table.chosen(args), finished.read_arguments(folder, args.data, args.cache),
                          images)
-    split = tables.read_split(folder, images)[0]
+    split = run_folder.read_split(folder, images)[0]
     place = {path: i for i, path in enumerate(test.paths)}
     rows = [place[images.paths[i]] for i in split["test"]]
     logits, labels = test.logits[rows], test.labels[rows]
@@ -306,11 +300,14 @@ def audit_privacy(args: argparse.Namespace) -> None:
     folder, listed = Path(args.run), table.chosen(args)
     case = privacy.prepare(folder, args.alone, args.replay > 0, args.data, args.device, args.cache)
     groups = None if case.run is None else read_groups(listed, case.args, case.run.images)
-    result = privacy.measure(case, groups)
-    with run_folder.made(None, str(folder / "privacy")) as out:
+    with run_folder.made(None, str(folder / "privacy")) as out:  # before minutes of work
+        result = privacy.measure(case, groups)
         run_folder.write_json(out / "privacy.json", result)
         with report.decoration(f"{out}/privacy.json"):
-            privacy_page.write(out, result)
+            write_page(out, privacy_page.page(result))
+            if result["parts"]:
+                privacy_page.plot_membership(result, out / "membership.png")
+                privacy_page.plot_server(result, out / "server.png")
     print(privacy_page.proof(result))
     report.print_place(out)
 

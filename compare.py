@@ -7,7 +7,7 @@ Runs that differ by their seed alone are one row, mean ± sd; a run of `--local-
 of its clients.
 """
 
-from checks import InputError, guard, make_parser
+from checks import guard, make_parser
 
 import hashlib
 import json
@@ -20,14 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from dataset import splits
-from reporting import figures, finished, metrics, pages, paired, report, run_folder, terminal
+from reporting import figures, finished, metrics, pages, report, run_folder, terminal
 
-# Table 4: name, hits and images that the accuracy implies (652 is the only size up to
+# Table 4 as published: hits and images that the accuracy implies (652 is the only size up to
 # 1,000 that fits all three baselines), precision, recall, F1 as printed there, ROC AUC (section V).
-PAPER = [("FedAvg + ResNet50", 323, 325, (0.9939, 0.9938, 0.9938), 0.9999),
-         ("ResNet50 (centralised)", 641, 652, (0.98, 0.98, 0.98), None),
-         ("VGG16", 635, 652, (0.97, 0.97, 0.97), None),
-         ("EfficientNet-B0", 628, 652, (0.96, 0.96, 0.96), None)]
+PAPER = {f"paper: {name}, {hits}/{n}": {
+    "n": n, "accuracy": metrics.wilson(hits, n), "roc_auc": auc,
+    "weighted_precision": precision, "weighted_recall": recall, "weighted_f1": f1}
+    for name, hits, n, precision, recall, f1, auc in (
+        ("FedAvg + ResNet50", 323, 325, 0.9939, 0.9938, 0.9938, 0.9999),
+        ("ResNet50 (centralised)", 641, 652, 0.98, 0.98, 0.98, None),
+        ("VGG16", 635, 652, 0.97, 0.97, 0.97, None),
+        ("EfficientNet-B0", 628, 652, 0.96, 0.96, 0.96, None))}
 WHERE = ("seed", "like", "device", "data")  # arguments that make no other configuration
 HEADER = ["run", "runs", "n", "accuracy", "macro P / R / F1", "weighted P / R / F1", "kappa", "AUC",
           "images seen", "seconds"]
@@ -62,8 +66,6 @@ def load(folder: Path, label: str | None = None, owned: list | None = None) -> l
     if label is None:
         own = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
         label = re.sub(r"-seeds?[\d-]+$", "", own)
-    if not (folder / "results.json").exists():
-        raise InputError(f"{folder}: the run is not complete, it has no results.json")
     results = run_folder.read_json(folder / "results.json")
     if arguments.get("local_only") and "members" in results and "best" not in results:
         owned = [m["train"] for m in results["members"]] + [
@@ -133,14 +135,6 @@ def colour_rows(groups: dict[str, list[Run]]) -> dict[str, dict]:
     return rows
 
 
-def paper_rows() -> dict[str, dict]:
-    """Table 4 as published, accuracy with the Wilson interval that its test size implies."""
-    return {f"paper: {name}, {hits}/{n}": {
-        "n": n, "accuracy": metrics.wilson(hits, n), "roc_auc": auc,
-        **dict(zip(("weighted_precision", "weighted_recall", "weighted_f1"), prf, strict=True))}
-        for name, hits, n, prf, auc in PAPER}
-
-
 def paired_tests(groups: dict[str, list[Run]]) -> list[dict]:
     """Every pair of groups: difference and McNemar, or the reason why there is none."""
     out = []
@@ -158,9 +152,9 @@ def paired_tests(groups: dict[str, list[Run]]) -> list[dict]:
             numbers = None if names is None else splits.numbered(names)
             pair |= {"n": len(one[1]), "unit": unit,
                      "units": len(one[1] if names is None else np.unique(numbers)),
-                     "difference": paired.paired_difference(*correct, numbers, unit)}
+                     "difference": metrics.paired_difference(*correct, numbers, unit)}
             pair["mcnemar"] = [] if names is not None else [
-                {"seed": x.seed, **paired.mcnemar(x.correct(), y.correct())}
+                {"seed": x.seed, **metrics.mcnemar(x.correct(), y.correct())}
                 for x in left for y in right if x.seed == y.seed]
         out.append(pair)
     return out
@@ -271,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = group([run for folder in args.runs for run in load(Path(folder))])
     with run_folder.made(args.out, "runs/comparison") as folder:
         rows = {label: summarise(members) for label, members in groups.items()}
-        rows |= colour_rows(groups) | (paper_rows() if args.paper else {})
+        rows |= colour_rows(groups) | (PAPER if args.paper else {})
         tests = paired_tests(groups)
         text = page(rows, tests)
         run_folder.write_json(folder / "comparison.json", {"rows": rows, "tests": tests})

@@ -12,7 +12,6 @@ from checks import InputError, guard, integer, make_parser, number, warn
 
 import argparse
 import copy
-import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ from dataset import interventions
 from dataset.files import decode_all
 from explaining import attribution, faithfulness
 from reporting import figures, finished, inference, pages, report, run_folder, terminal
-from reporting.tables import write_csv
 
 METHODS = ("gradient", "integrated-gradients", "grad-cam", "lime")
 STAGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the layers randomised; 0 = the head alone
@@ -70,17 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # ---- which images -------------------------------------------------------------------------------
 
-def choose(test: finished.Predictions, predicted: np.ndarray, per_class: int) -> dict[str, str]:
-    """Path → reason: of each class `per_class` test images, evenly spaced by path; all errors.
+def choose(test: finished.Predictions, predicted: np.ndarray, per_class: int) -> dict[int, str]:
+    """Row → reason: of each class `per_class` test images, evenly spaced by path; all errors.
     predicted: int [n], the class that the network says of each test image."""
     chosen = {}
     for c in range(len(test.classes)):
         members = np.flatnonzero(test.labels == c)
         count = min(per_class, len(members))
         for j in range(count):
-            chosen[test.paths[members[(2 * j + 1) * len(members) // (2 * count)]]] = "rule"
-    for i in np.flatnonzero(predicted != test.labels):
-        chosen.setdefault(test.paths[i], "misclassified")
+            chosen[int(members[(2 * j + 1) * len(members) // (2 * count)])] = "rule"
+    for i in np.flatnonzero(predicted != test.labels).tolist():
+        chosen.setdefault(i, "misclassified")
     return chosen
 
 
@@ -97,10 +95,8 @@ def of_the_run(folder: Path, trained: inference.Trained, per_class: int,
     if off > TOLERANCE and trained.client is None:
         warn(f"WARNING: probabilities differ by {off:.2g} from {folder}/predictions.csv: not the "
              "network that was evaluated")
-    chosen = choose(test, p.argmax(1), per_class)
-    rows = [test.paths.index(path) for path in chosen]
-    return [Subject(path, pixels[i], int(test.labels[i]), p[i], why)
-            for i, (path, why) in zip(rows, chosen.items(), strict=True)]
+    return [Subject(test.paths[i], pixels[i], int(test.labels[i]), p[i], why)
+            for i, why in choose(test, p.argmax(1), per_class).items()]
 
 
 def given(files: list[str], trained: inference.Trained) -> list[Subject]:
@@ -236,11 +232,6 @@ def verdict_table(found: dict) -> str:
             "for which one of the two maps is flat do not count).")
 
 
-def safe(name: str) -> str:
-    """A class name as a part of a file name: short, and without what file systems refuse."""
-    return re.sub(r"[^\w.-]", "_", name)[:40]
-
-
 def write_table(out: Path, subjects: list[Subject], founds: list[dict], checks: list[dict | None],
                 classes: list[str]) -> None:
     """maps/*.npy and explanations.csv: a row per image, method and class."""
@@ -250,14 +241,14 @@ def write_table(out: Path, subjects: list[Subject], founds: list[dict], checks: 
              "scale", *keys]]
     for i, (s, found, checked) in enumerate(zip(subjects, founds, checks, strict=True)):
         for (method, target), values in found["maps"].items():
-            name = f"maps/{i:03d}-{method}-{target}-{safe(classes[target])}.npy"
+            name = f"maps/{i:03d}-{method}-{target}.npy"
             np.save(out / name, values.astype(np.float32))
             own = checked[method] if checked and target == s.targets()[0] else {}
             rows.append([s.path, "" if s.truth is None else classes[s.truth],
                          classes[s.p.argmax()], f"{s.p.max():.6f}", s.chosen, method,
                          classes[target], name, f"{figures.scale(values):.6g}",
                          *("" if own.get(k) is None else f"{own[k]:.6f}" for k in keys)])
-    write_csv(out / "explanations.csv", rows)
+    run_folder.write_csv(out / "explanations.csv", rows)
 
 
 def write_report(folder: Path, out: Path, found: dict, subjects: list[Subject],

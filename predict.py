@@ -29,7 +29,7 @@ import data
 import models
 from dataset import interventions, table
 from dataset.files import CLASS_NAMES, composed, decode_all, find_files, say_passed
-from reporting import finished, inference, metrics, run_folder, tables, terminal
+from reporting import finished, inference, metrics, run_folder, terminal
 
 MALIGNANT = ["Benign", "Malignant"]  # what --map may tell apart where subtypes are not known
 
@@ -158,10 +158,9 @@ def evaluate(logits: np.ndarray, labels: list[str], classes: list[str],
         return None
     logits = logits[known]
     if binary:
-        log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        benign = log_p[:, classes.index("Benign")]
-        rest = np.delete(log_p, classes.index("Benign"), axis=1)
-        logits, classes = np.stack([benign, np.logaddexp.reduce(rest, axis=1)], 1), MALIGNANT
+        benign = classes.index("Benign")
+        rest = np.logaddexp.reduce(np.delete(logits, benign, axis=1), axis=1)
+        logits, classes = np.stack([logits[:, benign], rest], 1), MALIGNANT
     return metrics.measure(logits, np.array([classes.index(labels[i]) for i in known]), classes)
 
 
@@ -172,7 +171,7 @@ def write_csv(path: Path, files: list[Path], labels: list[str], logits: np.ndarr
         p = np.exp(logits[i] - np.logaddexp.reduce(logits[i]))
         rows.append([files[i], classes[p.argmax()], *(f"{x:.9g}" for x in p),
                      f"{seconds[i]:.6f}", labels[i]])
-    tables.write_csv(path, rows)
+    run_folder.write_csv(path, rows)
 
 
 @contextmanager
@@ -234,8 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         if figures is not None:
             run_folder.write_json(out.with_suffix(".json"), figures)
     print(f"{len(files) - len(bad)} images to {out}" + (f", temperature {t:.3f}" if t != 1 else "")
-          + (", none in a folder named after a class of the run" if figures is None and any(
-              root and file.parent != root for file, root in found) else ""))
+          + (", none in a folder named after a class of the run" if figures is listed is None
+             and any(root and file.parent != root for file, root in found) else ""))
     if figures is not None:
         unlabelled = len(files) - len(bad) - figures["n"]
         terminal.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[

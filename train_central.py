@@ -19,7 +19,7 @@ import data
 import fedavg
 import models
 from dataset import parts, splits
-from reporting import run_folder, tables, terminal
+from reporting import run_folder, terminal
 from training import evaluation, experiment
 from training.processes import Job
 from training.recipe import DEMONSTRATION, add_recipe_arguments
@@ -85,10 +85,11 @@ def prepare(args: argparse.Namespace) -> tuple[experiment.Experiment, Parts, lis
     several: Parts = {}
     for fold, split in run.several.items():
         if itself:
-            run.clients[fold], names = tables.read_split(Path(args.resume), run.images)[1:]
+            run.clients[fold], names = run_folder.read_split(Path(args.resume), run.images)[1:]
         else:  # a new run must have the images of the run to be like, and its very split
             run_folder.check_images(Path(args.like) / fold, run.images)
-            run.clients[fold], names = tables.check_split(Path(args.like) / fold, run.images, split)
+            run.clients[fold], names = run_folder.check_split(Path(args.like) / fold, run.images,
+                                                              split)
         for k, owned in enumerate(run.clients[fold]):
             several.setdefault(f"client{k}", {})[fold] = split | {"train": owned}
     say_differences(args, recorded)
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"run folder: {folder}; {args.model} on {run.device}")
         data.keep_on(run.images, run.device)
         if args.local_only and args.folds == 1:
-            tables.write_split(folder, run.images, run.several[""], run.clients[""])
+            run_folder.write_split(folder, run.images, run.several[""], run.clients[""])
         if args.local_only or args.folds > 1:
             train_parts(args, folder, run, parts, names)
         else:

@@ -107,10 +107,9 @@ def find_groups(images: Images) -> tuple[np.ndarray, dict, list[Pair]]:
     duplicates of one class; across classes they are false alarms, or labels that disagree."""
     labels = images.labels.numpy()
     exact = exact_pairs(images.digests)
-    twins = {tuple(sorted(pair)) for pair in exact}
     near = [p for p in near_duplicates(images.pixels) if images.digests[p.i] != images.digests[p.j]]
     same = [p for p in near if labels[p.i] == labels[p.j]]
-    groups = group(len(labels), [*twins, *((p.i, p.j) for p in same)])
+    groups = group(len(labels), [*exact, *((p.i, p.j) for p in same)])
     sizes = np.bincount(groups)
     counts = {"images": len(labels), "identical_copies": len(exact),
               "identical_across_classes": sum(labels[i] != labels[j] for i, j in exact),

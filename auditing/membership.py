@@ -7,6 +7,7 @@ members bool [T, n]. The non-members, bool [n], are common to all of them.
 
 import checks  # noqa: F401 - before torch
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,8 @@ PERMUTATIONS = 1000  # of the owners in A4
 def margin(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """φ, float64 [n]. logits: float [n, C]; labels: int [n]. From the logits, because probabilities
     near 1 tie in float32 and would pull the AUC to 0.5."""
-    others, rows = np.array(logits, dtype=np.float64), np.arange(len(labels))
-    own = others[rows, labels]
-    others[rows, labels] = -np.inf
-    return own - logsumexp(others, axis=1)
+    z, own = np.asarray(logits, dtype=np.float64), np.eye(logits.shape[1], dtype=bool)[labels]
+    return z[own] - logsumexp(z, axis=1, b=~own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,21 +136,17 @@ def caught(score: np.ndarray, member: np.ndarray, outside: np.ndarray,
     return len(true) - np.searchsorted(true, false, side="right"), len(true)
 
 
-def false_rate(k: int, n: int) -> dict:
-    """95 % interval of the true false positive rate of the threshold at the (k+1)-th highest of n
-    non-members, which is Beta(k+1, n-k) whatever the distribution; one-sided where k is 0."""
-    rate = beta(k + 1, n - k)
-    low, high = (0.0, rate.ppf(0.95)) if k == 0 else rate.ppf([0.025, 0.975])
-    return {"false_positives": k, "n": n, "false_low": float(low), "false_high": float(high)}
-
-
 def rates(hits: np.ndarray, m: int) -> list[dict]:
     """True positive rates, with Clopper and Pearson's interval, at 0 and at ⌊n/100⌋ false positives
-    of n non-members: below 1/n nothing is resolvable. hits, m: as `caught` returns them."""
-    out = []
-    for k in sorted({0, len(hits) // 100}) if m and len(hits) else []:
+    of n non-members: below 1/n nothing is resolvable. Beside each the 95 % interval of the true
+    false positive rate of its threshold, the (k+1)-th highest non-member: Beta(k+1, n-k) whatever
+    the distribution; one-sided where k is 0. hits, m: as `caught` returns them."""
+    n, out = len(hits), []
+    for k in sorted({0, n // 100}) if m and n else []:
+        false = beta(k + 1, n - k).ppf([0.025, 0.975] if k else [0, 0.95])
         low, high = binomtest(int(hits[k]), m).proportion_ci(method="exact")
-        out.append({**false_rate(k, len(hits)), "hits": int(hits[k]), "members": m,
+        out.append({"false_positives": k, "n": n, "false_low": float(false[0]),
+                    "false_high": float(false[1]), "hits": int(hits[k]), "members": m,
                     "value": float(hits[k] / m), "low": float(low), "high": float(high)})
     return out
 
@@ -181,15 +176,13 @@ def controls(phi: np.ndarray, hospitals: list[int], sides: Sides) -> dict:
     as target, the models of the rest as reference. One by one and not pooled: over the targets j
     the scores of an image add up to 0, so that a pooled AUC would be near 0.5 whatever happened.
     phi: float [K, n], a row a hospital's model."""
-    pairs = [(j, k) for k in range(len(phi)) for j in range(len(phi)) if j != k]
-    scores = []
-    for pair in pairs:
-        rest = [i for i in range(len(phi)) if i not in pair]
-        scores.append(phi[pair[0]] - (phi[rest].mean(0) if rest else 0))
-    members, outside = sides.members([hospitals[k] for _, k in pairs]), sides.outside
-    return {"each": [{"model": hospitals[j], "images": hospitals[k],
-                      **attack(score[None], member[None], outside, sides)}
-                     for (j, k), score, member in zip(pairs, scores, members, strict=True)]}
+    each = []
+    for k, j in itertools.permutations(range(len(phi)), 2):
+        rest = np.delete(phi, [j, k], axis=0)
+        score = phi[j] - (rest.mean(0) if len(rest) else 0)
+        each.append({"model": hospitals[j], "images": hospitals[k], **attack(
+            score[None], sides.members([hospitals[k]]), sides.outside, sides)})
+    return {"each": each}
 
 
 def of_nobody(scores: np.ndarray, sides: Sides, seed: int = 0) -> dict:

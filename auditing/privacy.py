@@ -27,7 +27,7 @@ import fedavg
 import models
 from auditing import duplicates, membership
 from auditing.membership import Sides
-from reporting import finished, provenance, run_folder, tables
+from reporting import finished, provenance, run_folder
 from training import evaluation, experiment
 from training.processes import Job
 
@@ -47,10 +47,6 @@ class Case:
     args: argparse.Namespace | None = None
     run: experiment.Experiment | None = None  # None where no attack is tried
     alone: dict[str, list[Path]] = field(default_factory=dict)  # by fold: the hospitals' own models
-
-    def hospitals(self, fold: str) -> list[np.ndarray]:
-        """Their training images; none where they cannot be told apart by chance alone."""
-        return self.run.clients[fold] if vars(self.args).get("partition") in EXCHANGEABLE else []
 
 
 def refused(arguments: dict) -> dict[str, str]:
@@ -94,18 +90,18 @@ def prepare(folder: Path, alone: str | None, replay: bool, place: str | None = N
     folds = arguments.get("folds", 1) > 1
     case.args = finished.read_arguments(folder / "fold1" if folds else folder, place, cache)
     case.args.device = device
-    try:
-        case.run = experiment.prepare(case.args, Job(), {})
-    except InputError as error:
-        raise finished.where_now(error) from None
+    case.run = experiment.prepare(case.args, Job(), {})
     run_folder.check_images(folder, case.run.images)
     for name, split in case.run.several.items():
-        tables.check_split(folder / name, case.run.images, split, case.run.clients.get(name, []))
-        if idle := never_trained(folder / name, len(case.run.clients.get(name, []))):
+        clients = case.run.clients.get(name, [])
+        run_folder.check_split(folder / name, case.run.images, split, clients)
+        if idle := never_trained(folder / name, len(clients)):
             case.why = dict.fromkeys(ATTACKS, f"hospital(s) {idle} did not train before the round "
                                      "of model.pt: their images are no members (--fraction)")
             case.run = None
             return case
+    if arguments.get("partition") not in EXCHANGEABLE:  # hospitals differ by more than chance
+        case.run.clients = {name: [] for name in case.run.several}
     if not replay:
         case.why = dict.fromkeys(ATTACKS[2:], "not asked for (--replay 0)") | case.why
     if "A2" not in case.why and alone is not None:
@@ -143,9 +139,8 @@ def check_alone(folder: Path, case: Case) -> dict[str, list[Path]]:
     for fold, clients in case.run.clients.items():
         parts[fold] = [folder / f"client{k}" / fold for k in range(len(clients))]
         for part, own in zip(parts[fold], clients, strict=True):
-            if not (part / "results.json").exists():
-                raise InputError(f"--alone {folder}: not complete, {part} has no results.json")
-            tables.check_split(part, case.run.images, case.run.several[fold] | {"train": own})
+            run_folder.read_json(part / "results.json")  # InputError where it is not complete
+            run_folder.check_split(part, case.run.images, case.run.several[fold] | {"train": own})
     return parts
 
 
@@ -175,10 +170,10 @@ def measure(case: Case, groups: np.ndarray) -> dict:
     parts = {}
     with tqdm(total=networks, desc="privacy", unit="network", leave=False, disable=None) as bar:
         for name, split in run.several.items():
-            sides = membership.make_sides(run.images.labels.numpy(), split, case.hospitals(name),
+            sides = membership.make_sides(run.images.labels.numpy(), split, run.clients[name],
                                           groups)
             parts[name] = measure_part(case, name, sides, start, bar.update)
-    return out | {"names": run.images.titles(case.hospitals(name)), "parts": parts}
+    return out | {"names": run.images.titles(run.clients[name]), "parts": parts}
 
 
 def measure_part(case: Case, fold: str, sides: Sides, start: models.State,
@@ -192,7 +187,7 @@ def measure_part(case: Case, fold: str, sides: Sides, start: models.State,
     case.run.model.load_state_dict(start)
     before, best = phi(case.run, sides, progress), owned(folder / "model.pt")
     last = owned(folder / "last.pt")[None] if (folder / "last.pt").exists() else None
-    every, hospitals = (train & sides.single)[None], list(range(len(case.hospitals(fold))))
+    every, hospitals = (train & sides.single)[None], list(range(len(case.run.clients[fold])))
     out = {"A1": {
         "best": membership.described(best[None], every, sides),
         "last": None if last is None else membership.described(last, every, sides),

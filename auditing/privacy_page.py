@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import betabinom
 
 from reporting import figures
-from reporting.pages import markdown, write_page
+from reporting.pages import markdown
 from reporting.terminal import show
 
 WHO = {"A1": "whoever holds the final model", "A2": "the other hospitals together",
@@ -194,11 +194,3 @@ def plot_server(result: dict, path: Path) -> None:
             axis.label_outer()  # the names of the rows stand at the first of several
             axis.set(xlabel="attributed to", ylabel="image of" if number == 0 else "",
                      title=f"{one['at']}updates of round {one['round']}")
-
-
-def write(folder: Path, result: dict) -> None:
-    """report.md and its figures."""
-    write_page(folder, page(result))
-    if result["parts"]:
-        plot_membership(result, folder / "membership.png")
-        plot_server(result, folder / "server.png")

@@ -17,6 +17,8 @@ from dataset.images import Images, colour_statistics
 from dataset.splits import Split
 from reporting.metrics import wilson
 
+MOST = 10_000  # training images that a classifier is fitted on: the SVM's time grows with n²
+
 
 @lru_cache(maxsize=1)  # folds, seeds and networks of one run share them
 def colour_features(images: Images) -> dict[tuple[str, str], np.ndarray]:
@@ -24,9 +26,6 @@ def colour_features(images: Images) -> dict[tuple[str, str], np.ndarray]:
     kinds = ("means", "included"), ("statistics", "included"), ("statistics", "cut")
     return {(kind, strip): colour_statistics(images.array(), kind, strip == "cut")
             for kind, strip in kinds}
-
-
-MOST = 10_000  # training images that a classifier is fitted on: the SVM's time grows with n²
 
 
 def make_classifier(kind: str) -> Pipeline:

@@ -258,7 +258,9 @@ def write(out: Path, subjects: list, founds: list[dict], classes: list[str],
 
 def plot_pairs(images, pairs: list, path: Path, count: int = 6) -> None:
     """Some near duplicates side by side, evenly spaced by correlation. Local use only."""
-    chosen = sorted(pairs, key=lambda p: p.correlation)[::max(1, len(pairs) // count)][:count]
+    places = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(int)
+    ordered = sorted(pairs, key=lambda p: p.correlation)
+    chosen = [ordered[i] for i in places]
     with _grid(path, max(len(chosen), 1), ["image", "partner"]) as axes:
         for row, pair in zip(axes, chosen, strict=False):
             text = (f"{images.paths[pair.i]}\n{images.paths[pair.j]}\noverlap "

@@ -14,8 +14,7 @@ from scipy.special import softmax
 from data import load
 from dataset.images import UNITS, Images
 from dataset.splits import Split
-from reporting.run_folder import check_images, read_run
-from reporting.tables import CSV, part_names, split_rows, write_csv
+from reporting.run_folder import CSV, check_images, part_names, read_run, split_rows, write_csv
 
 
 @dataclass(frozen=True)
@@ -75,25 +74,19 @@ def read_units(folder: Path, paths: list[str]) -> tuple[str, np.ndarray] | None:
 
 def read_arguments(folder: Path, place: str | None, cache: str | None) -> argparse.Namespace:
     """The arguments of a run, to read its images with again. place: the folder where they are now,
-    if they were moved. cache: as --cache."""
+    if they were moved. cache: as --cache. InputError where that folder is not there."""
     arguments = read_run(folder)["arguments"]
     moved = {"cache": cache} | ({"data": place} if place else {})
     if arguments["table"] and (folder / "split.csv").exists():  # it says all that the table said
         moved |= {"table": str(folder / "split.csv"), "columns": None, "skip_unlisted": True}
-    return argparse.Namespace(**arguments | moved)
-
-
-def where_now(error: InputError) -> InputError:
-    """The error; of images that are not there, with the flag that says where they are now."""
-    moved = str(error).startswith("--data")
-    return InputError(f"{error} (images that were moved: --data DIR)" if moved else str(error))
+    args = argparse.Namespace(**arguments | moved)
+    if args.data is not None and not Path(args.data).is_dir():
+        raise InputError(f"--data {args.data}: no such folder (images that were moved: --data DIR)")
+    return args
 
 
 def load_images(folder: Path, place: str | None = None,
                 cache: str | None = None) -> tuple[dict, Images]:
     """run.json of a run, and the images that it was made with, read again."""
-    try:
-        images = load(read_arguments(folder, place, cache))
-    except InputError as error:
-        raise where_now(error) from None
+    images = load(read_arguments(folder, place, cache))
     return check_images(folder, images), images

@@ -4,8 +4,7 @@ import shlex
 from pathlib import Path
 
 from dataset.files import CLASSES
-from reporting.run_folder import unit_of
-from reporting.tables import write_text
+from reporting.run_folder import unit_of, write_text
 from reporting.terminal import show
 
 

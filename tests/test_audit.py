@@ -22,7 +22,7 @@ import models
 import predict
 from auditing import duplicates, probes
 from dataset import interventions, splits
-from reporting import metrics, tables
+from reporting import metrics, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +364,7 @@ def test_audit_of_a_run_agrees_with_the_run(doubled, tmp_path):
     assert found["accuracy"] == results["best"]["test"]["accuracy"]
     assert found["ece"] == pytest.approx(results["best"]["test"]["ece"], abs=1e-6)
     images = data.read_folder(str(doubled), 20)
-    split = tables.read_split(run, images)[0]
+    split = run_folder.read_split(run, images)[0]
     partners = sum(images.digests[i] in {images.digests[j] for j in split["train"]}
                    for i in split["test"])
     hits = [round((found[k]["value"] or 0) * n) for k, n in

@@ -15,6 +15,7 @@ from helpers import toy_images, write_tree
 import audit
 from auditing import probes
 from dataset import interventions, splits, table
+from reporting.terminal import show
 
 
 def figure(value, low=None, high=None):
@@ -91,20 +92,18 @@ def test_seed_42_has_its_place_among_the_seeds(monkeypatch):
         "values": [0.2, 0.5, 0.8, 0.9]}
 
 
-def test_an_audit_of_data_goes_on_without_what_cannot_be_read(tmp_path, monkeypatch, capsys):
-    root, seen = write_tree(tmp_path / "set", {"a": 2, "b": 2}), []
+def test_an_audit_of_data_goes_on_without_what_cannot_be_read(tmp_path, capsys):
+    root = write_tree(tmp_path / "set", {"a": 20, "b": 20})
     (root / "a" / "bad.png").write_text("no picture")
-
-    def write(args, images, folder):
-        seen.append(images)
-        return {"probes": {"colour means": {"default": figure(0.5, 0.25, 0.75)}}, "duplicates": {
-            "identical_copies": 1, "near_pairs": 3, "near_pairs_across_classes": 2, "groups": 4}}
-    monkeypatch.setattr(audit, "write_data_audit", write)
-    audit.main(["data", str(root), "--out", str(tmp_path / "out"), "--image-size", "32"])
-    assert [path for path, _ in seen[0].bad] == ["a/bad.png"] and len(seen[0].paths) == 4
-    out = capsys.readouterr().out
-    assert "1 identical copies, 3 near pairs (2 across classes), 4 groups\n" in out
-    assert "| colour means | 0.5000 (0.2500–0.7500) |" in out
+    audit.main(["data", str(root), "--out", str(tmp_path / "out"), "--image-size", "32",
+                "--split-seeds", "2"])
+    found = json.loads((tmp_path / "out" / "audit.json").read_text("utf-8"))
+    assert [path for path, _ in found["bad_files"]] == ["a/bad.png"]
+    c, out = found["duplicates"], capsys.readouterr().out
+    assert c["images"] == 40 and (
+        f"{c['identical_copies']} identical copies, {c['near_pairs']} near pairs "
+        f"({c['near_pairs_across_classes']} across classes), {c['groups']} groups\n") in out
+    assert f"| colour means | {show(found['probes']['colour means']['default'])} |" in out
 
 
 def test_patients_that_a_table_knows_are_partners_too(tmp_path):

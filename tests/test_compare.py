@@ -13,7 +13,7 @@ from helpers import BASE, script
 from matplotlib.colors import to_rgb
 
 import compare
-from reporting import figures, metrics, paired
+from reporting import figures, metrics
 from reporting.terminal import show
 
 CLASSES = ["Benign", "Early"]
@@ -160,7 +160,7 @@ def test_of_patients_that_are_known_there_is_an_interval_and_no_mcnemar_test(tmp
     (t,) = found["tests"]
     assert (t["n"], t["unit"], t["units"], t["mcnemar"]) == (40, "patient", 39, [])
     members = np.array([max(i, 1) for i in range(40)])
-    d = paired.paired_difference(np.ones(40), np.arange(40) >= 12, members, "patient")
+    d = metrics.paired_difference(np.ones(40), np.arange(40) >= 12, members, "patient")
     assert t["difference"] == d and d["low"] < 0.3 < d["high"]
     assert (f"\n| a | b | 40, 39 patients | +0.3000 ({d['low']:+.4f} … {d['high']:+.4f}) | – | "
             "images of a patient are alike |") in text
@@ -304,7 +304,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path):
     (broken / "predictions.csv").write_text("path,label\nx,y\n")
     (tmp_path / "empty").mkdir()
     for folder, words in ((bare, "has no predictions.csv; is the run complete?"),
-                          (unfinished, "not complete, it has no results.json"),
+                          (unfinished, "not complete: it has no results.json"),
                           (broken, "damaged"), (tmp_path / "empty", "not a run folder"),
                           (tmp_path / "absent", "not a run folder")):
         with pytest.raises(InputError, match=words):

@@ -78,10 +78,10 @@ def test_the_rule_is_evenly_spaced_in_path_order():
     test = finished.Predictions([f"a{i}" for i in range(n)] + ["b0"], np.array([0] * n + [1]),
                             np.array([[1.0, 0]] * n + [[0, 1.0]]), ["a", "b"])
     right = test.labels.copy()
-    assert explain.choose(test, right, 2) == {"a2": "rule", "a7": "rule", "b0": "rule"}
-    assert list(explain.choose(test, right, 10)) == [*test.paths]
+    assert explain.choose(test, right, 2) == {2: "rule", 7: "rule", 10: "rule"}
+    assert list(explain.choose(test, right, 10)) == [*range(11)]
     right[4] = 1
-    assert explain.choose(test, right, 1) == {"a5": "rule", "b0": "rule", "a4": "misclassified"}
+    assert explain.choose(test, right, 1) == {5: "rule", 10: "rule", 4: "misclassified"}
 
 
 def test_the_explained_function_is_the_evaluated_one(explained, tree):
@@ -316,14 +316,13 @@ def test_explanations_csv_row_by_row(tmp_path):
     explain.write_table(tmp_path / "explanations", subjects, founds, [checked, None], ["a", "b/c"])
     rows = [list(row.values()) for row in table(tmp_path)]
     assert rows == [
-        ["one", "a", "b/c", "0.800000", "rule", "lime", "b/c", "maps/000-lime-1-b_c.npy", "0.25",
+        ["one", "a", "b/c", "0.800000", "rule", "lime", "b/c", "maps/000-lime-1.npy", "0.25",
          "0.125000", "0.500000", "", "1.000000", "0.666667"],
-        ["one", "a", "b/c", "0.800000", "rule", "lime", "a", "maps/000-lime-0-a.npy", "0.25",
+        ["one", "a", "b/c", "0.800000", "rule", "lime", "a", "maps/000-lime-0.npy", "0.25",
          *[""] * 5],
         ["two", "", "b/c", "0.800000", "misclassified", "gradient", "b/c",
-         "maps/001-gradient-1-b_c.npy", "0.25", *[""] * 5]]
+         "maps/001-gradient-1.npy", "0.25", *[""] * 5]]
     assert np.array_equal(np.load(tmp_path / "explanations" / rows[1][7]), -one)
-    assert explain.safe("ä b/" + "x" * 60) == "ä_b_" + "x" * 36  # forty letters
 
 
 @pytest.mark.parametrize("of_the_test", [True, False])

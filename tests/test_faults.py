@@ -25,7 +25,7 @@ import train_federated
 from auditing import probes
 from dataset import splits
 from explaining import faithfulness
-from reporting import architecture, report, run_folder, tables
+from reporting import architecture, report, run_folder
 
 QUICK = ["--samples", "20", "--steps", "2", "--lime-seeds", "2"]
 
@@ -236,7 +236,7 @@ def test_a_damaged_split_is_one_line(run, tmp_path, content):
     images = data.read_folder(str(run[1]), 32)
     (tmp_path / "split.csv").write_text(content)
     with pytest.raises(InputError, match="split.csv: damaged"):
-        tables.read_split(tmp_path, images)
+        run_folder.read_split(tmp_path, images)
 
 
 def test_results_of_another_program_are_one_line(tmp_path):

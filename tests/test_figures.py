@@ -214,13 +214,13 @@ def test_rightly_predicted_images_are_shown_before_wrong_ones(monkeypatch, tmp_p
     assert shown == ["right", "wrong, but alone"]
 
 
-def test_near_duplicates_are_shown_from_the_weakest_pair_on(axes):
+def test_near_duplicates_are_shown_from_the_weakest_pair_to_the_strongest(axes):
     images = toy_images(8)
     pairs = [Pair(i, i + 1, 1.0, (i, 0), 0.5, 1 - i / 10) for i in range(5)]
     found = axes(figures.plot_pairs, images, pairs, count=2)
     assert [axis.get_ylabel() for axis in found[::2]] == [
         "c1/004.png\nc2/005.png\noverlap 0.50, r 0.60, shift (4, 0)",
-        "c2/002.png\nc0/003.png\noverlap 0.50, r 0.80, shift (2, 0)"]
+        "c0/000.png\nc1/001.png\noverlap 0.50, r 1.00, shift (0, 0)"]
     assert np.array_equal(found[1].images[0].get_array(), images.pixels[5].permute(1, 2, 0))
     assert len(axes(figures.plot_pairs, images, [])) == 2  # no pair: an empty row
     assert len(axes(figures.plot_pairs, images, pairs * 2)) == 2 * 6  # six rows at most

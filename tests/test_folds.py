@@ -19,7 +19,7 @@ import train_central
 import train_federated
 from dataset import parts, splits
 from dataset.images import colour_statistics
-from reporting import finished, paired, tables
+from reporting import finished, metrics, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def federated(tree, tmp_path_factory):
 
 
 def rows(folder):
-    with open(folder / "split.csv", **tables.CSV) as file:
+    with open(folder / "split.csv", **run_folder.CSV) as file:
         return list(csv.DictReader(file))
 
 
@@ -190,7 +190,7 @@ def test_a_run_by_stain_prints_the_size_of_the_shift_and_judges_each_on_its_own(
                 "--bn", "local")
     assert "mean red of the hospitals " in capsys.readouterr().out
     _, images = finished.load_images(out)
-    split, clients, _ = tables.read_split(out, images)
+    split, clients, _ = run_folder.read_split(out, images)
     args = train_federated.run_folder.read_run(out)["arguments"]
     assert args["partition"] == "stain" and (out / "clients.png").exists()
     shares = parts.deal_part(argparse.Namespace(**args), images, split["test"], clients)
@@ -311,7 +311,7 @@ def test_what_the_last_models_predict_gives_the_differences_on_the_page():
     for a, b in ((last["folds-central-40"], chosen["folds-central-40"]),
                  (last[plain], chosen[plain]), (last[recalibrated], chosen[recalibrated]),
                  (last[recalibrated], last[plain])):
-        found = paired.paired_difference(a.astype(float), b.astype(float), members, "group")
+        found = metrics.paired_difference(a.astype(float), b.astype(float), members, "group")
         value, low, high = (f"{found[key]:+.4f}" for key in ("value", "low", "high"))
         assert f"{value} ({low} … {high})" in page
 

@@ -9,7 +9,7 @@ from scipy.special import log_softmax, softmax
 from sklearn import metrics as sk
 
 from dataset.images import colour_statistics
-from reporting import baselines, metrics, paired
+from reporting import baselines, metrics
 
 NAMES = ["Benign", "Early", "Pre", "Pro"]
 PAPER = np.array([[58, 0, 1, 0], [1, 97, 0, 0], [0, 0, 84, 0], [0, 0, 0, 84]])  # section V
@@ -271,23 +271,23 @@ def test_log_softmax_is_the_one_used():
 def test_mcnemar_is_the_exact_binomial():
     a = np.array([True] * 9 + [False] * 1 + [True] * 20)
     b = np.array([False] * 9 + [True] * 1 + [True] * 20)
-    m = paired.mcnemar(a, b)
+    m = metrics.mcnemar(a, b)
     # two-sided: 2·(C(10,0) + C(10,1)) / 2^10
     assert m == {"a_only": 9, "b_only": 1, "p": pytest.approx(2 * 11 / 1024)}
-    assert paired.mcnemar(b, a)["p"] == m["p"]
-    assert paired.mcnemar(a, a) == {"a_only": 0, "b_only": 0, "p": 1.0}
+    assert metrics.mcnemar(b, a)["p"] == m["p"]
+    assert metrics.mcnemar(a, a) == {"a_only": 0, "b_only": 0, "p": 1.0}
 
 
 def test_paired_difference_is_that_of_resampled_pairs():
     rng = np.random.default_rng(1)
     runs = (rng.random((2, 80)) < 0.9).mean(0)  # two seeds against one: shares, not 0 and 1
     b = rng.random(80) < 0.7
-    d = paired.paired_difference(runs, b)
+    d = metrics.paired_difference(runs, b)
     assert d["value"] == pytest.approx(runs.mean() - b.mean()) and d["reason"] is None
     drawn = rng.integers(0, 80, (20000, 80))  # the plain bootstrap
     low, high = np.percentile(runs[drawn].mean(1) - b[drawn].mean(1), (2.5, 97.5))
     assert d["low"] == pytest.approx(low, abs=0.013) and d["high"] == pytest.approx(high, abs=0.013)
-    nothing = paired.paired_difference(runs, runs)  # never an interval without width
+    nothing = metrics.paired_difference(runs, runs)  # never an interval without width
     assert (nothing["low"], nothing["high"]) == (None, None)
     assert nothing["reason"] == ("no interval: 0 of 80 images hold a discordant image; a bootstrap "
                                  "needs 10 of at least 30")
@@ -299,15 +299,15 @@ def test_a_difference_by_patient_is_the_bootstrap_over_ten_thousand_draws_of_the
     a, b = np.arange(100) % 4 > 0, np.arange(100) % 3 > 0
     counts = np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), 10_000)[:, members]
     low, high = np.percentile(counts @ (a * 1.0 - b) / counts.sum(1), (2.5, 97.5))
-    d = paired.paired_difference(a, b, members, "patient")
+    d = metrics.paired_difference(a, b, members, "patient")
     assert d["value"] == pytest.approx(0.75 - 0.66) and d["reason"] is None
     assert (d["low"], d["high"]) == pytest.approx((low, high))
-    other = paired.paired_difference(a, b, members, "patient", seed=1)
+    other = metrics.paired_difference(a, b, members, "patient", seed=1)
     assert other["value"] == d["value"] and other["low"] != d["low"]
     for discordant, reason in ((10, False), (9, True)):
         c = a.copy()
         c[np.flatnonzero(np.diff(members, prepend=-1))[:discordant]] ^= True  # an image of each
-        assert (paired.paired_difference(a, c, members, "x")["reason"] is not None) == reason
+        assert (metrics.paired_difference(a, c, members, "x")["reason"] is not None) == reason
 
 
 def test_newcombe_without_correlation_adds_the_squares():
@@ -316,7 +316,7 @@ def test_newcombe_without_correlation_adds_the_squares():
     for both, a_only, b_only, neither in ((4, 1, 1, 1), (1, 0, 0, 1), (0, 5, 0, 0), (3, 4, 0, 0)):
         n = both + a_only + b_only + neither
         one, two = metrics.wilson(both + a_only, n), metrics.wilson(both + b_only, n)
-        d = paired.newcombe(both, a_only, b_only, neither)
+        d = metrics.newcombe(both, a_only, b_only, neither)
         assert d["reason"] is None and d["value"] == (a_only - b_only) / n
         assert d["low"] == pytest.approx(d["value"] - np.hypot(
             one["value"] - one["low"], two["high"] - two["value"]))
@@ -326,17 +326,17 @@ def test_newcombe_without_correlation_adds_the_squares():
 
 def test_newcombe_gives_the_published_interval_and_has_a_width():
     """Newcombe 1998, table II: the pairs 36, 12, 2, 0 (method 10: 0.0569 to 0.3404)."""
-    d = paired.newcombe(36, 12, 2, 0)
+    d = metrics.newcombe(36, 12, 2, 0)
     assert (d["value"], d["low"], d["high"]) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
-    d = paired.newcombe(320, 1, 0, 4)
+    d = metrics.newcombe(320, 1, 0, 4)
     assert (round(d["low"], 4), round(d["high"], 4)) == (-0.0102, 0.0181)
-    d = paired.newcombe(0, 1, 0, 324)
+    d = metrics.newcombe(0, 1, 0, 324)
     assert d["low"] < 0 < d["high"]
-    d = paired.newcombe(325, 0, 0, 0)
+    d = metrics.newcombe(325, 0, 0, 0)
     assert d["value"] == 0 and d["low"] == -d["high"] < 0
     one, two = np.array([True] * 8 + [False] * 2), np.array([True] * 7 + [False, True, False])
-    assert paired.paired_difference(one, two) == paired.newcombe(7, 1, 1, 1)
-    swapped = paired.newcombe(7, 3, 1, 1), paired.newcombe(7, 1, 3, 1)
+    assert metrics.paired_difference(one, two) == metrics.newcombe(7, 1, 1, 1)
+    swapped = metrics.newcombe(7, 3, 1, 1), metrics.newcombe(7, 1, 3, 1)
     assert swapped[0]["low"] == pytest.approx(-swapped[1]["high"])
 
 

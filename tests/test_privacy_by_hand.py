@@ -65,11 +65,11 @@ def test_saturated_logits_keep_their_order():
 
 
 def test_beta_bounds():
-    found = membership.false_rate(0, 325)
-    assert found["false_low"] == 0 and found["false_high"] == pytest.approx(0.009175, abs=5e-7)
-    found = membership.false_rate(3, 325)
-    assert found["false_low"] == pytest.approx(0.003363, abs=5e-7)
-    assert found["false_high"] == pytest.approx(0.026738, abs=5e-7)
+    zero, three = membership.rates(np.zeros(325, dtype=int), 10)
+    assert zero["false_low"] == 0 and zero["false_high"] == pytest.approx(0.009175, abs=5e-7)
+    assert three["false_positives"] == 3
+    assert three["false_low"] == pytest.approx(0.003363, abs=5e-7)
+    assert three["false_high"] == pytest.approx(0.026738, abs=5e-7)
 
 
 def test_few_false_alarms_are_counted_at_zero_and_one_in_a_hundred():
@@ -409,12 +409,12 @@ def test_near_duplicates_are_looked_for_at_224_pixels_with_nothing_removed(monke
 def test_a_split_or_clients_other_than_those_of_the_folder_are_refused(monkeypatch):
     split = {"train": np.arange(4), "val": np.array([4]), "test": np.array([5])}
     clients = [np.array([0, 1]), np.array([2, 3])]
-    monkeypatch.setattr(privacy.tables, "read_split", lambda *a: (split, clients, ["0", "1"]))
-    privacy.tables.check_split(Path(), None, split, clients)
+    monkeypatch.setattr(privacy.run_folder, "read_split", lambda *a: (split, clients, ["0", "1"]))
+    privacy.run_folder.check_split(Path(), None, split, clients)
     for changed, dealt_anew in ((split | {"val": np.array([5])}, clients), (split, clients[::-1]),
                                 (split, clients[:1])):
         with pytest.raises(InputError, match="do not give its split or clients"):
-            privacy.tables.check_split(Path(), None, changed, dealt_anew)
+            privacy.run_folder.check_split(Path(), None, changed, dealt_anew)
 
 
 @pytest.mark.parametrize(("folds", "place"), [({}, "run"), ({"folds": 1}, "run"),

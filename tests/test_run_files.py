@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import CPU, toy_images
 
-from reporting import finished, provenance, run_folder, tables
+from reporting import finished, provenance, run_folder
 
 SPLIT = {"train": np.array([0, 1]), "val": np.array([2, 3]), "test": np.array([3, 4, 5])}
 
@@ -80,29 +80,29 @@ def test_the_folds_of_a_run_are_its_test_images_and_it_has_no_others(tmp_path):
 
 def test_a_split_is_written_and_read_back(tmp_path):
     images, clients = seven(), [np.array([1]), np.array([0])]
-    tables.write_split(tmp_path, images, SPLIT, clients)
+    run_folder.write_split(tmp_path, images, SPLIT, clients)
     assert (tmp_path / "split.csv").read_text().splitlines() == [
         "path,label,split,client", "c0/000.png,c0,train,1", "c1/001.png,c1,train,0",
         "c2/002.png,c2,val,", "c0/003.png,c0,val+test,", "c1/004.png,c1,test,",
         "c2/005.png,c2,test,", "c0/006.png,c0,dropped,"]
-    split, owners, names = tables.read_split(tmp_path, images)
+    split, owners, names = run_folder.read_split(tmp_path, images)
     assert {p: i.tolist() for p, i in split.items()} == {p: i.tolist() for p, i in SPLIT.items()}
     assert [own.tolist() for own in owners] == [[1], [0]] and names == ["0", "1"]
     assert finished.read_units(tmp_path, images.paths) is None
     # what a table said of clients, and of images that do not train, stands there as well
     images.known = {"client": np.array(["N", "9", "9", "", "N", "", ""]),
                     "group": np.array(list("1122334")), "patient": np.array(list("abcdefg"))}
-    tables.write_split(tmp_path, images, SPLIT, clients)
+    run_folder.write_split(tmp_path, images, SPLIT, clients)
     assert (tmp_path / "split.csv").read_text().splitlines()[:4] == [
         "path,label,split,client,patient,group", "c0/000.png,c0,train,N,a,1",
         "c1/001.png,c1,train,9,b,1", "c2/002.png,c2,val,9,c,2"]
-    split, owners, names = tables.read_split(tmp_path, images)
+    split, owners, names = run_folder.read_split(tmp_path, images)
     assert [own.tolist() for own in owners] == [[1], [0]] and names == ["9", "N"]
     some = images.paths[4:1:-1]
     unit, values = finished.read_units(tmp_path, some)
     assert unit == "patient" and values.tolist() == ["e", "d", "c"]
     del images.known["patient"]
-    tables.write_split(tmp_path, images, SPLIT, clients)
+    run_folder.write_split(tmp_path, images, SPLIT, clients)
     unit, values = finished.read_units(tmp_path, some)
     assert unit == "group" and values.tolist() == ["3", "2", "2"]
     assert finished.read_units(tmp_path, [*some, "another.png"]) is None
@@ -192,19 +192,25 @@ def test_a_new_run_is_named_by_script_model_data_and_seed_and_numbered_from_two(
 
 
 def test_images_are_read_again_by_what_split_csv_says_where_a_table_was_used(tmp_path):
+    here, there = (str(tmp_path / name) for name in "ab")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
     for table in (None, "t.csv"):
         (tmp_path / "run.json").write_text(json.dumps({"arguments": {
-            "data": "/a", "table": table, "columns": ["path=p"], "skip_unlisted": False,
+            "data": here, "table": table, "columns": ["path=p"], "skip_unlisted": False,
             "remove": []}}))
-        for place, cache in ((None, None), ("/b", "/c")):
+        for place, cache in ((None, None), (there, "/c")):
             (tmp_path / "split.csv").unlink(missing_ok=True)
             args = finished.read_arguments(tmp_path, place, cache)
-            assert (args.data, args.cache) == (place or "/a", cache)
+            assert (args.data, args.cache) == (place or here, cache)
             assert (args.table, args.columns, args.skip_unlisted) == (table, ["path=p"], False)
             (tmp_path / "split.csv").touch()
             args = finished.read_arguments(tmp_path, place, cache)
             assert (args.table, args.columns, args.skip_unlisted) == (
                 (str(tmp_path / "split.csv"), None, True) if table else (None, ["path=p"], False))
+    (tmp_path / "a").rmdir()
+    with pytest.raises(InputError, match="no such folder .images that were moved: --data DIR"):
+        finished.read_arguments(tmp_path, None, None)
 
 
 # ---- ends and starts ----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import predict
 import train_central
 import train_federated
 from dataset import parts, splits, table
-from reporting import metrics, paired, tables
+from reporting import metrics, run_folder
 
 
 def put(path, header, *rows, delimiter=",", encoding="utf-8", bom=""):
@@ -428,7 +428,7 @@ def test_named_clients_are_named_everywhere_and_the_run_stands_alone(odd_tree, t
     path = put(tmp_path / "t.csv", ["path", "client", "patient"], *rows)
     out = train(odd_tree, tmp_path / "run", "--rounds", 2, "--table", path)
     assert "\n  NORTH: " in capsys.readouterr().out
-    with open(out / "split.csv", **tables.CSV) as file:
+    with open(out / "split.csv", **run_folder.CSV) as file:
         written = list(csv.DictReader(file))
     assert list(written[0]) == ["path", "label", "split", "client", "patient"]
     assert [[r["path"], r["client"], r["patient"]] for r in written] == rows
@@ -599,9 +599,9 @@ def test_a_planted_effect_of_patients_is_missed_by_images_and_not_by_patients():
     difference, patients do not."""
     members = np.repeat(np.arange(30), 20)
     a, b = members >= 2, np.ones(600, bool)
-    images = paired.paired_difference(a, b)
+    images = metrics.paired_difference(a, b)
     assert images["high"] < 0
-    whole = paired.paired_difference(a, b, members, "patient")
+    whole = metrics.paired_difference(a, b, members, "patient")
     assert whole["low"] is None and whole["value"] == pytest.approx(-40 / 600)
     assert whole["reason"].startswith("no interval: 2 of 30 patients hold a discordant image")
 

@@ -13,7 +13,7 @@ import data
 import fedavg
 import models
 from dataset import parts, splits
-from reporting import run_folder, tables
+from reporting import run_folder
 from training.processes import Job
 from training.recipe import make_recipe
 
@@ -84,7 +84,7 @@ def start(args: argparse.Namespace, job: Job, folder: Path | None, run: Experime
         for place, whole in ((job.folder.parent, None), (job.folder, job.folder.parent.name)):
             if not (place / "run.json").exists():
                 run_folder.write_run(place, args, "federated", run.images, run.device, whole)
-        tables.write_split(job.folder, run.images, split, clients)
+        run_folder.write_split(job.folder, run.images, split, clients)
     if folder is not None:
         checkpoint = run_folder.start_or_resume(folder, run.images, split, clients, checkpoint)
     data.keep_on(run.images, run.device)
