@@ -14,6 +14,7 @@ import torch
 
 from dataset.files import CLASSES
 from fedavg import Update
+from reporting import run_folder
 from training import processes
 from training.processes import Job, LostProcess
 
@@ -35,17 +36,27 @@ def test_without_torchrun_a_job_is_its_first_and_only_process(monkeypatch):
 
 # ---- meeting ------------------------------------------------------------------------------------
 
-def test_an_output_folder_that_is_there_is_refused_by_the_first_process_alone(tmp_path,
-                                                                              monkeypatch):
+def test_processes_that_do_not_meet_are_one_line(monkeypatch):
     def away(*arguments, **more):
         raise RuntimeError("nobody is there\nat this address")
     monkeypatch.setattr(processes.dist, "rendezvous", away)
-    unmet = r"the processes did not meet \(nobody is there\)$"
-    for rank, out, words in ((0, tmp_path, "exists already"), (1, tmp_path, unmet),
-                             (0, tmp_path / "new", unmet), (0, None, unmet)):
-        args = argparse.Namespace(site_data=None, classes=None, out=out, timeout=3.0)
-        with pytest.raises(InputError, match=words):
+    args = argparse.Namespace(site_data=None, classes=None, timeout=3.0)
+    for rank in (0, 1):
+        with pytest.raises(InputError, match=r"the processes did not meet \(nobody is there\)$"):
             process(rank).join(args)
+
+
+def test_an_output_folder_that_is_there_is_refused_by_the_first_process_alone(tmp_path,
+                                                                              monkeypatch):
+    def parsed(out):
+        return run_folder.parse("", [], lambda args: {}, ["--out", str(out)]).out
+    for rank in ("0", None):
+        monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK")
+        with pytest.raises(InputError, match="exists already"):
+            parsed(tmp_path)
+        assert parsed(tmp_path / "new") == str(tmp_path / "new")
+    monkeypatch.setenv("RANK", "1")  # which is told by the first
+    assert parsed(tmp_path) == str(tmp_path)
 
 
 def meet(monkeypatch, rank, names):
