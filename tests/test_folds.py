@@ -323,6 +323,8 @@ def test_what_the_last_models_predict_gives_the_differences_on_the_page():
     ("dirichlet-fold1-comparison", [
         "folds-dirichlet-plain/fold1", "folds-dirichlet-recalibrate/fold1", "fold1-dirichlet-*",
         "folds-fedavg-dirichlet/fold1"]),
+    ("readings-comparison", ["fedavg-iid-10x5-seed0", "default-adam", "default-smoothing",
+                             "default-train-from", "default-dual"]),
     ("central40-comparison", ["folds-central-40", "folds-central", "folds-fedavg-iid"]),
     ("stain-fold1-comparison", ["folds-fedavg-stain/fold1", "fold1-stain-*"]),
     ("iid-fold1-comparison", ["folds-fedavg-iid/fold1", "fold1-iid-*"])])
