@@ -3,8 +3,8 @@
     python benchmarks/publish.py runs/NAME [runs/OTHER ...] --to results
 
 Of a run, and of each fold or client in it: run.json, results.json, history.jsonl, split.csv,
-predictions.csv, and what `audit.py privacy` measured. `python compare.py results/A results/B` then
-gives the published table.
+predictions.csv, and what `audit.py run` and `audit.py privacy` measured. `python compare.py
+results/A results/B` then gives the published table.
 """
 
 import sys
@@ -18,7 +18,8 @@ import re
 import shutil
 
 NAMING = ("run.json", "privacy/privacy.json")  # these hold paths of the machine
-FILES = (*NAMING, "results.json", "history.jsonl", "split.csv", "predictions.csv")
+FILES = (*NAMING, "results.json", "history.jsonl", "split.csv", "predictions.csv",
+         "audit/audit.json")
 
 
 def without_paths(value):
