@@ -325,6 +325,7 @@ def test_what_the_last_models_predict_gives_the_differences_on_the_page():
         "folds-fedavg-dirichlet/fold1"]),
     ("readings-comparison", ["fedavg-iid-10x5-seed0", "default-adam", "default-smoothing",
                              "default-train-from", "default-dual"]),
+    ("blocked-comparison", ["blocked-fedavg", "blocked-central"]),
     ("central40-comparison", ["folds-central-40", "folds-central", "folds-fedavg-iid"]),
     ("stain-fold1-comparison", ["folds-fedavg-stain/fold1", "fold1-stain-*"]),
     ("iid-fold1-comparison", ["folds-fedavg-iid/fold1", "fold1-iid-*"])])
@@ -336,6 +337,21 @@ def test_the_committed_comparisons_of_remedies_are_what_their_predictions_give(
     told = json.loads((ROOT / "results" / f"{name}.json").read_text())
     assert told == json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert len(told["tests"]) == len(runs) * (len(runs) - 1) / 2
+
+
+def test_the_committed_audit_of_a_run_is_of_its_predictions_and_its_intervals_are_newcombes():
+    folder = ROOT / "results" / "blocked-fedavg"
+    _, test, p = recomputed(folder)
+    audit, right = json.loads((folder / "audit" / "audit.json").read_text()), p.argmax(1)
+    n, hits = len(right), int((right == test.labels).sum())
+    assert (audit["n"], audit["accuracy"]) == (n, metrics.wilson(hits, n))
+    benign = test.classes.index("Benign")
+    assert audit["called_benign"] == [path for path, said, is_ in zip(
+        test.paths, right, test.labels, strict=True) if said == benign != is_]
+    for probe in audit["probes"].values():
+        a, b = probe["mcnemar"]["a_only"], probe["mcnemar"]["b_only"]
+        assert probe["accuracy"] == metrics.wilson(hits - a + b, n)
+        assert probe["difference"] == metrics.newcombe(hits - a, a, b, n - hits - b)
 
 
 @pytest.mark.parametrize("name", ["alone-iid-10x5-seed0", "alone-iid-10x5-seed1", "folds-alone"])
