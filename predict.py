@@ -232,9 +232,10 @@ def main(argv: list[str] | None = None) -> None:
             *trained.classes})
         if figures is not None:
             run_folder.write_json(out.with_suffix(".json"), figures)
+    unnamed = figures is None and listed is None and any(
+        root and file.parent != root for file, root in found)
     print(f"{len(files) - len(bad)} images to {out}" + (f", temperature {t:.3f}" if t != 1 else "")
-          + (", none in a folder named after a class of the run" if figures is listed is None
-             and any(root and file.parent != root for file, root in found) else ""))
+          + (", none in a folder named after a class of the run" if unnamed else ""))
     if figures is not None:
         unlabelled = len(files) - len(bad) - figures["n"]
         terminal.print_table(["n", "accuracy (95 %)", "macro F1", "kappa", "AUC", "loss", "ECE"], [[

@@ -15,10 +15,10 @@ import numpy as np
 from dataset.images import UNITS, Images
 from dataset.parts import both_sides
 from dataset.splits import Split, count_twins
-from reporting import figures, finished, metrics, pages, run_folder
+from reporting import figures, finished, metrics, pages
 from reporting.baselines import colour_features, colour_only
 from reporting.pages import markdown
-from reporting.run_folder import read_json, read_run, unit_of, write_json
+from reporting.run_folder import read_json, read_run, unit_of, write_json, write_split
 from reporting.terminal import print_table, show
 
 NETWORK = ("data", "synthetic", "fingerprint", "model")  # what all parts of a run have in common
@@ -161,7 +161,7 @@ def pool_folds(folder: Path, images: Images, several: dict[str, list[Split]],
                        for key in metrics.FIGURES}
     if not titles:
         parts = {name: split["test"] for name, (split,) in several.items()}
-        run_folder.write_split(folder, images, parts, [])
+        write_split(folder, images, parts, [])
         indices = np.sort(np.concatenate(list(parts.values())))
         found = [finished.read_predictions(folder / name) for name in several]
         rows = {path: x for one in found for path, x in zip(one.paths, one.logits, strict=True)}
